@@ -243,6 +243,7 @@ REFUSED = {
 
 ALLOWED_VALUES = {
     "--advantage-estimator": {"grpo", "gspo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"},
+    "--loss-mask-type": {"qwen", "qwen3"},
     "--loss-type": {"policy_loss", "sft_loss"},
     "--optimizer": {"adam"},
     "--attention-dropout": {0.0},
