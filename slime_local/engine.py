@@ -1,0 +1,468 @@
+"""The inference engine: token ids in, token ids with log-probs out, in the shape of SGLang's `/generate`.
+
+One thread runs all live requests together. In each step every request contributes the tokens it still has to read, or
+the one it sampled last; the projections run over all of them at once, attention over each request's own KV slot.
+A slot stays filled after its request is done, so the next turn of an episode reads only its new tokens, and a new
+request starts from whichever slot shares its longest prefix (the system prompt, for a new episode).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slime_local.model import Transformer
+
+# Copying a shared prefix from another slot pays off above about this many tokens.
+MIN_SHARED_PREFIX = 16
+
+
+class RequestError(Exception):
+    """A request that the engine refuses; the server answers it with HTTP 400 and this text."""
+
+
+@dataclass
+class SamplingParams:
+    """The part of SGLang's sampling_params that this engine honours; anything else must be unset or neutral."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    sampling_seed: int | None = None
+
+    @classmethod
+    def from_payload(cls, given: dict) -> SamplingParams:
+        """Build from a request; RequestError names a value that is out of range or a parameter not supported."""
+        given = {name: value for name, value in (given or {}).items() if value is not None}
+        known = {name: given.pop(name) for name in list(given) if name in cls.__dataclass_fields__}
+        neutral = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0, "n": 1}
+        for name, value in given.items():
+            if name in neutral and value != neutral[name]:
+                raise RequestError(f"sampling_params.{name}={value} is not supported here")
+        if isinstance(known.get("stop"), str):
+            known["stop"] = [known["stop"]]
+        try:
+            params = cls(**known)
+            params._check()
+        except TypeError as error:
+            raise RequestError(f"sampling_params: {error}") from None
+        return params
+
+    def _check(self) -> None:
+        if not self.temperature >= 0:
+            raise RequestError(f"sampling_params.temperature={self.temperature} must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"sampling_params.top_p={self.top_p} must be in (0, 1]")
+        if self.max_new_tokens < 1:
+            raise RequestError(f"sampling_params.max_new_tokens={self.max_new_tokens} must be 1 or more")
+
+
+@dataclass
+class Slot:
+    """One row of the KV cache: `tokens` are the ids whose keys and values it holds."""
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    request: Request | None = None
+    last_used: int = 0
+
+
+@dataclass(eq=False)
+class Request:
+    prompt: list[int]
+    params: SamplingParams
+    future: Future
+    output: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    slot: Slot | None = None
+    pending: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    aborted: bool = False
+    rid: str | None = None
+
+
+class Engine:
+    """Continuous batching over `max_running` KV slots of `max_context` tokens each.
+
+    Memory: slots are reserved, not touched, so only the tokens really held cost memory
+    (2 * layers * kv_heads * head_dim values a token; 46 kB for SmolLM2-135M in fp32).
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer,
+        max_context: int = 8192,
+        max_running: int = 64,
+        max_step_tokens: int = 2048,
+        seed: int = 0,
+    ):
+        config = model.config
+        self.model, self.tokenizer = model, tokenizer
+        self.max_context = min(max_context, config.max_position_embeddings)
+        self.max_step_tokens = max_step_tokens
+        self.weight_version = 0
+        self.eos = eos_ids(model, tokenizer)
+        self.slots = [Slot(i) for i in range(max_running)]
+        attention = model.decoder.layers[0].self_attention
+        shape = (max_running, attention.kv_heads, self.max_context, attention.head_dim)
+        options = {"dtype": model.compute_dtype, "device": model.device}
+        self.keys = [torch.empty(shape, **options) for _ in model.decoder.layers]
+        self.values = [torch.empty(shape, **options) for _ in model.decoder.layers]
+        self.cos, self.sin = model.rope(torch.arange(self.max_context, device=model.device))
+        self.rng = np.random.default_rng(seed)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.clock = itertools.count()
+        self.lock = threading.Condition()
+        self.closed = False
+        self.failure: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
+
+    # ---- what callers use ----------------------------------------------------------------------------------------
+
+    async def generate(self, payload: dict) -> dict:
+        """One `/generate` request: {"input_ids" or "text", "sampling_params", "rid"} -> SGLang's answer."""
+        request = self._request(payload)
+        self.submit(request)
+        try:
+            return await asyncio.wrap_future(request.future)
+        except asyncio.CancelledError:
+            request.aborted = True
+            raise
+
+    def submit(self, request: Request) -> None:
+        with self.lock:
+            if self.closed or self.failure:
+                raise RuntimeError(f"the engine has stopped: {self.failure or 'closed'}")
+            self.waiting.append(request)
+            self.lock.notify()
+
+    def abort(self, rid: str | None = None) -> None:
+        """End the request `rid`, or all of them, with finish_reason abort; tokens sampled so far are returned."""
+        with self.lock:
+            for request in [*self.waiting, *self.running]:
+                if rid is None or request.rid == rid:
+                    request.aborted = True
+            self.lock.notify()
+
+    def abort_all(self) -> None:
+        self.abort()
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def update_weights(self, model: Transformer | None = None) -> None:
+        """Take new weights: the trainer's, already in place when it shares its model, else copied from `model`.
+
+        Kept KV belongs to the old weights, so every slot is emptied. Call it while no request is running.
+        """
+        with self.lock:
+            if self.waiting or self.running:
+                raise RuntimeError("weights can only change while no request is running")
+            if model is not None and model is not self.model:
+                with torch.no_grad():
+                    for mine, new in zip(self.model.parameters(), model.parameters(), strict=True):
+                        mine.copy_(new)
+            self.model.weights_changed()
+            self._flush()
+            self.weight_version += 1
+
+    def flush(self) -> None:
+        """Empty every idle slot and give its memory back."""
+        with self.lock:
+            self._flush()
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            self.lock.notify()
+        self.thread.join()
+
+    # ---- the engine thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._admit():
+                self._step()
+        except BaseException as error:  # the thread must not die silently: every caller gets the reason
+            self.failure = error
+        finally:
+            reason = self.failure or RuntimeError("the engine was closed")
+            with self.lock:
+                for request in [*self.waiting, *self.running]:
+                    if not request.future.done():
+                        request.future.set_exception(RuntimeError(f"the engine has stopped: {reason!r}"))
+                self.waiting.clear()
+                self.running.clear()
+
+    def _admit(self) -> bool:
+        """Wait for work, end aborted requests, give waiting ones a slot. False when the engine is closed."""
+        with self.lock:
+            while not (self.closed or self.waiting or self.running):
+                self.lock.wait()
+            if self.closed:
+                return False
+            for request in [r for r in [*self.waiting, *self.running] if r.aborted]:
+                self._finish(request, {"type": "abort", "message": "aborted"})
+            while self.waiting and (slot := self._free_slot(self.waiting[0].prompt)) is not None:
+                self._start(self.waiting.popleft(), slot)
+            return True
+
+    def _free_slot(self, prompt: list[int]) -> Slot | None:
+        """The idle slot sharing the longest prefix with `prompt`; an empty or the oldest one if none shares much."""
+        idle = [slot for slot in self.slots if slot.request is None]
+        if not idle:
+            return None
+        shared = {slot.index: common_prefix(slot.tokens, prompt) for slot in idle}
+        best = max(idle, key=lambda slot: shared[slot.index])
+        # Reuse only a slot that this prompt continues: overwriting another episode's KV would cost that episode.
+        if shared[best.index] == len(best.tokens) and best.tokens:
+            return best
+        return min(idle, key=lambda slot: (len(slot.tokens) > 0, slot.last_used))
+
+    def _start(self, request: Request, slot: Slot) -> None:
+        limit = len(request.prompt) - 1  # the last prompt token is always computed: its logits are needed
+        shared = common_prefix(slot.tokens, request.prompt, limit)
+        donor = max(self.slots, key=lambda other: common_prefix(other.tokens, request.prompt, limit))
+        donated = common_prefix(donor.tokens, request.prompt, limit)
+        if donated >= shared + MIN_SHARED_PREFIX:
+            self._copy_prefix(donor, slot, donated)
+            shared = donated
+        slot.tokens = request.prompt[:shared]
+        slot.request, request.slot = request, slot
+        slot.last_used = next(self.clock)
+        request.cached_tokens, request.pending = shared, request.prompt[shared:]
+        self.running.append(request)
+
+    @torch.inference_mode()
+    def _copy_prefix(self, donor: Slot, slot: Slot, n: int) -> None:
+        for cache in (*self.keys, *self.values):
+            cache[slot.index, :, :n] = cache[donor.index, :, :n]
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Advance every running request by the tokens it has pending (up to max_step_tokens in all)."""
+        batch, budget = [], self.max_step_tokens
+        for request in sorted(self.running, key=lambda r: len(r.pending)):
+            if budget > 0:
+                chunk = request.pending[:budget]
+                budget -= len(chunk)
+                batch.append((request, chunk))
+        if not batch:
+            return
+        hidden = self._forward(batch)
+        ready = []
+        for (request, chunk), last in zip(batch, hidden, strict=True):
+            request.slot.tokens.extend(chunk)
+            del request.pending[: len(chunk)]
+            if not request.pending:
+                ready.append((request, last))
+        if ready:
+            self._sample([r for r, _ in ready], self.model.logits(torch.stack([h for _, h in ready])))
+
+    def _forward(self, batch: list[tuple[Request, list[int]]]) -> Tensor:
+        """Run the new tokens of each request through the model, KV written; last hidden states [len(batch), H]."""
+        model, device = self.model, self.model.device
+        sizes = [len(chunk) for _, chunk in batch]
+        starts = [len(request.slot.tokens) for request, _ in batch]
+        tokens = torch.tensor([t for _, chunk in batch for t in chunk], device=device)
+        rows = torch.tensor([r.slot.index for r, _ in batch], device=device).repeat_interleave(
+            torch.tensor(sizes, device=device)
+        )
+        positions = torch.cat([torch.arange(s, s + n, device=device) for s, n in zip(starts, sizes, strict=True)])
+        cos, sin = self.cos[positions], self.sin[positions]
+        spans = [(r.slot.index, s, n) for (r, _), s, n in zip(batch, starts, sizes, strict=True)]
+        last = torch.tensor(sizes, device=device).cumsum(0) - 1
+        x = model.embed(tokens)
+        for index, layer in enumerate(model.decoder.layers):
+            q, k, v = layer.self_attention.qkv(x, cos, sin)
+            self.keys[index][rows, :, positions] = k
+            self.values[index][rows, :, positions] = v
+            attended = attend_slots(q, self.keys[index], self.values[index], spans)
+            if index + 1 == len(model.decoder.layers):  # only the last position of each request is needed from here
+                x, attended = x[last], attended[last]
+            x = layer.finish(x, attended)
+        return model.final_norm(x)
+
+    def _sample(self, requests: list[Request], logits: Tensor) -> None:
+        ids, logprobs = sample(logits, [r.params for r in requests], [self._uniform(r) for r in requests])
+        for request, token, logprob in zip(requests, ids, logprobs, strict=True):
+            request.output.append(token)
+            request.logprobs.append(logprob)
+            request.pending = [token]
+            reason = self._finish_reason(request, token)
+            if reason is not None:
+                with self.lock:
+                    self._finish(request, reason)
+
+    def _uniform(self, request: Request) -> float:
+        """The random number for the next token: a function of (seed, position) when the request has a seed."""
+        if request.params.sampling_seed is None:
+            return self.rng.random()
+        return np.random.default_rng((request.params.sampling_seed, len(request.output))).random()
+
+    def _finish_reason(self, request: Request, token: int) -> dict | None:
+        params = request.params
+        if len(request.output) >= params.min_new_tokens:
+            if token in params.stop_token_ids or (token in self.eos and not params.ignore_eos):
+                return {"type": "stop", "matched": token}
+            if params.stop:
+                text = self.tokenizer.decode(request.output)
+                for stop in params.stop:
+                    if stop in text:
+                        return {"type": "stop", "matched": stop}
+        full = len(request.prompt) + len(request.output) >= self.max_context
+        if full or len(request.output) >= params.max_new_tokens:
+            return {"type": "length", "length": len(request.output)}
+        return None
+
+    def _finish(self, request: Request, reason: dict) -> None:
+        """Answer a request and leave its slot filled for the next turn. Called with the lock held."""
+        if request in self.running:
+            self.running.remove(request)
+            request.slot.request = None
+        else:
+            self.waiting.remove(request)
+        if not request.future.done():
+            request.future.set_result(self._answer(request, reason))
+
+    def _answer(self, request: Request, reason: dict) -> dict:
+        text = self.tokenizer.decode(request.output, skip_special_tokens=request.params.skip_special_tokens)
+        pairs = [[logprob, token, None] for logprob, token in zip(request.logprobs, request.output, strict=True)]
+        return {
+            "text": text,
+            "output_ids": request.output,
+            "meta_info": {
+                "id": request.rid,
+                "finish_reason": reason,
+                "prompt_tokens": len(request.prompt),
+                "completion_tokens": len(request.output),
+                "cached_tokens": request.cached_tokens,
+                "weight_version": str(self.weight_version),
+                "output_token_logprobs": pairs,
+            },
+        }
+
+    def _request(self, payload: dict) -> Request:
+        if not isinstance(payload, dict):
+            raise RequestError("the request body must be a JSON object")
+        if payload.get("stream"):
+            raise RequestError("stream=true is not supported here")
+        ids = payload.get("input_ids")
+        if ids is None and isinstance(payload.get("text"), str):
+            ids = self.tokenizer(payload["text"], add_special_tokens=False)["input_ids"]
+        if not isinstance(ids, list) or not ids:
+            raise RequestError("input_ids must be a non-empty list of token ids (or give text)")
+        vocab = self.model.config.vocab_size
+        if not all(type(i) is int and 0 <= i < vocab for i in ids):
+            raise RequestError(f"input_ids must be integers from 0 to {vocab - 1}")
+        if len(ids) >= self.max_context:
+            raise RequestError(f"the prompt has {len(ids)} tokens, the context is {self.max_context}")
+        params = SamplingParams.from_payload(payload.get("sampling_params"))
+        return Request(list(ids), params, Future(), rid=payload.get("rid"))
+
+    def _flush(self) -> None:
+        for slot in self.slots:
+            if slot.request is None:
+                slot.tokens = []
+
+
+def eos_ids(model: Transformer, tokenizer) -> set[int]:
+    """Every id that ends a turn: the tokenizer's and the config's."""
+    ids = model.config.eos_token_id
+    listed = ids if isinstance(ids, list | tuple) else [ids]
+    return {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
+
+
+def common_prefix(a: list[int], b: list[int], limit: int | None = None) -> int:
+    """Length of the longest common prefix of two lists, at most `limit`."""
+    n = min(len(a), len(b), len(b) if limit is None else limit)
+    if a[:n] == b[:n]:
+        return n
+    low, high = 0, n  # a[:low] equals b[:low], a[:high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
+    return low
+
+
+def attend_slots(q: Tensor, keys: Tensor, values: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
+    """Attention of new tokens over their slots.
+
+    q [T, kv, group, D]; keys and values [slots, kv, max_context, D]; spans: (slot, first position, count) for each
+    request, in the order of q -> [T, kv * group * D].
+    """
+    out, row = [], 0
+    for slot, start, n in spans:
+        end = start + n
+        k, v = keys[slot : slot + 1, :, :end], values[slot : slot + 1, :, :end]
+        out.append(attend_one(q[row : row + n], k, v, start))
+        row += n
+    return torch.cat(out)
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """n queries [n, kv, group, D] at positions start.. over k and v [1, kv, start + n, D] -> [n, kv * group * D]."""
+    n, kv, group, dim = q.shape
+    if n == 1:  # a group's query heads share their keys: treat them as rows of one query
+        return F.scaled_dot_product_attention(q, k, v).view(1, -1)
+    mask = None
+    if start:
+        mask = torch.ones(n, start + n, dtype=torch.bool, device=q.device).tril_(start)
+    q = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not start, enable_gqa=group > 1)
+    return out[0].transpose(0, 1).reshape(n, -1)
+
+
+def sample(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> tuple[list[int], list[float]]:
+    """Next tokens [N] from logits [N, V], with their log-probs.
+
+    As in SGLang, a log-prob is that of softmax(logits / temperature) before top-p and top-k; temperature 0 is greedy
+    and reports softmax(logits).
+    """
+    scale = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)
+    logprobs = torch.log_softmax(logits / scale[:, None], dim=-1)
+    ids = logits.argmax(dim=-1)
+    drawn = [i for i, p in enumerate(params) if p.temperature > 0]
+    if drawn:
+        kept = truncate(logprobs[drawn], [params[i] for i in drawn])
+        ids[drawn] = draw(kept, torch.tensor([uniforms[i] for i in drawn], device=logits.device))
+    return ids.tolist(), logprobs.gather(1, ids[:, None])[:, 0].tolist()
+
+
+def truncate(logprobs: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Probabilities [N, V] with everything outside top-k and top-p set to 0 (not renormalised)."""
+    probs = logprobs.exp()
+    for row, p in enumerate(params):
+        if p.top_k > 0 or p.top_p < 1:
+            values, order = probs[row].sort(descending=True)
+            keep = (values.cumsum(0) - values) < p.top_p
+            if p.top_k > 0:
+                keep[p.top_k :] = False
+            probs[row, order[~keep]] = 0.0
+    return probs
+
+
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF draws [N] from unnormalised probabilities [N, V] with one uniform number each."""
+    cumulative = probs.double().cumsum(dim=-1)
+    targets = uniforms.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp_(max=probs.shape[1] - 1)

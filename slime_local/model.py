@@ -1,0 +1,446 @@
+"""The language model of the one-machine host: Llama, Qwen2 and Qwen3 decoders, one implementation for training and for the engine.
+
+Trainer and engine run the same layers over the same parameters, so their log-probs agree and new weights need no copy.
+Parameters carry Megatron's names and layouts (fused QKV per KV group, fused gate and up projection), so that slime's
+`--only-train-params-name-list` and `--freeze-params-name-list` select the same parameters in both hosts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from slime_local.errors import UsageError
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+# Above this length the score matrix of plain attention costs more memory than it saves time on a CPU.
+PLAIN_ATTENTION_MAX = 2048
+
+
+class Linear(nn.Module):
+    """A projection whose weight is kept in fp32 and multiplied in the model's compute dtype."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = False, norm: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        self.layer_norm_weight = nn.Parameter(torch.empty(n_in)) if norm else None
+        self._cast: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.weight.dtype == x.dtype else self._weight_as(x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def _weight_as(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`: a fresh differentiable cast while training, a kept copy otherwise."""
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            return self.weight.to(dtype)
+        if self._cast is None or self._cast.dtype != dtype or self._cast.device != self.weight.device:
+            self._cast = self.weight.detach().to(dtype)
+        return self._cast
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.kv_heads = config.num_key_value_heads
+        self.group = config.num_attention_heads // self.kv_heads
+        self.head_dim = head_dim(config)
+        self.eps = config.rms_norm_eps
+        bias = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
+        width = self.kv_heads * (self.group + 2) * self.head_dim
+        self.linear_qkv = Linear(config.hidden_size, width, bias=bias, norm=True)
+        self.linear_proj = Linear(config.num_attention_heads * self.head_dim, config.hidden_size)
+        if config.model_type == "qwen3":
+            self.q_layernorm = Norm(self.head_dim)
+            self.k_layernorm = Norm(self.head_dim)
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, H] -> q [T, kv_heads, group, head_dim], k and v [T, kv_heads, head_dim], positions applied."""
+        x = rms_norm(x, self.linear_qkv.layer_norm_weight, self.eps)
+        qkv = self.linear_qkv(x).view(-1, self.kv_heads, self.group + 2, self.head_dim)
+        q, k, v = qkv[:, :, : self.group], qkv[:, :, self.group], qkv[:, :, self.group + 1]
+        if hasattr(self, "q_layernorm"):
+            q = rms_norm(q, self.q_layernorm.weight, self.eps)
+            k = rms_norm(k, self.k_layernorm.weight, self.eps)
+        return rotate(q, cos[:, None, None], sin[:, None, None]), rotate(k, cos[:, None], sin[:, None]), v
+
+
+class Mlp(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.linear_fc1 = Linear(config.hidden_size, 2 * config.intermediate_size, norm=True)
+        self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.linear_fc1(rms_norm(x, self.linear_fc1.layer_norm_weight, self.eps)).chunk(2, dim=-1)
+        return self.linear_fc2(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attention = Attention(config)
+        self.mlp = Mlp(config)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Residual stream x [T, H] after attention output `attended` [T, heads * head_dim]."""
+        x = x + self.self_attention.linear_proj(attended)
+        return x + self.mlp(x)
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+
+class Embedding(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Module()
+        self.word_embeddings.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.final_layernorm = Norm(config.hidden_size)
+
+
+class Transformer(nn.Module):
+    """A decoder over packed sequences. fp32 parameters; matrix products in `compute_dtype`."""
+
+    def __init__(self, config, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.embedding = Embedding(config)
+        self.decoder = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.output_layer = Linear(config.hidden_size, config.vocab_size)
+        self._head_cast: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.word_embeddings.weight.device
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [T] -> residual stream [T, H]."""
+        return F.embedding(tokens, self.embedding.word_embeddings.weight).to(self.compute_dtype)
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [T] -> cos and sin, each [T, head_dim / 2]."""
+        dim = head_dim(self.config)
+        steps = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
+        angles = positions.float()[:, None] * (1.0 / rope_theta(self.config) ** (steps / dim))
+        return angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
+
+    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """Packed token ids [T] of sequences of `lengths` (sum T) -> final-norm hidden states [T, H]."""
+        positions = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
+        cos, sin = self.rope(positions)
+        x = self.embed(tokens)
+        for layer in self.decoder.layers:
+            q, k, v = layer.self_attention.qkv(x, cos, sin)
+            x = layer.finish(x, attend_packed(q, k, v, lengths))
+        return self.final_norm(x)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.decoder.final_layernorm.weight, self.config.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [N, H] -> logits [N, V] in fp32."""
+        if not self.config.tie_word_embeddings:
+            return self.output_layer(hidden).float()
+        weight = self.embedding.word_embeddings.weight
+        if weight.dtype != hidden.dtype:
+            weight = self._head_as(hidden.dtype)
+        return F.linear(hidden, weight).float()
+
+    def _head_as(self, dtype: torch.dtype) -> Tensor:
+        weight = self.embedding.word_embeddings.weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            return weight.to(dtype)
+        if self._head_cast is None or self._head_cast.dtype != dtype:
+            self._head_cast = weight.detach().to(dtype)
+        return self._head_cast
+
+    def weights_changed(self) -> None:
+        """Drop the low-precision copies of the weights; the engine calls it after every optimizer step."""
+        self._head_cast = None
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module._cast = None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, in fp32 whatever the dtype of x."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, half-split convention of Hugging Face checkpoints."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention within each packed sequence: q [T, kv, group, D], k and v [T, kv, D] -> [T, kv * group * D]."""
+    out, start = [], 0
+    for n in lengths:
+        span = slice(start, start + n)
+        out.append(attend_causal(q[span], k[span], v[span]))
+        start += n
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One sequence's causal attention; shapes as in `attend_packed`.
+
+    On a CPU the fused kernel's backward was measured several times slower than the plain matrix products,
+    which is why training there (up to PLAIN_ATTENTION_MAX tokens) spells them out.
+    """
+    n, kv, group, dim = q.shape
+    if q.device.type == "cpu" and q.requires_grad and n <= PLAIN_ATTENTION_MAX:
+        return plain_causal(q, k, v)
+    q = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
+    k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+    return out[0].transpose(0, 1).reshape(n, -1)
+
+
+def plain_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend_causal` as two batched matrix products and a softmax."""
+    n, kv, group, dim = q.shape
+    q = q.permute(1, 2, 0, 3).reshape(kv, group * n, dim) * dim**-0.5
+    future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
+    scores = torch.bmm(q, k.permute(1, 2, 0)).view(kv, group, n, n).masked_fill_(future, float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype).view(kv, group * n, n)
+    out = torch.bmm(weights, v.transpose(0, 1)).view(kv, group, n, dim)
+    return out.permute(2, 0, 1, 3).reshape(n, -1)
+
+
+def head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rope_theta(config) -> float:
+    rope = getattr(config, "rope_parameters", None) or {}
+    return float(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
+
+
+def pick_dtype(device: torch.device | str) -> torch.dtype:
+    """The compute dtype for this device: bf16 where its matrix products are clearly faster, else fp32.
+
+    Measured in about 0.1 s on a CPU: those without bf16 matrix units (AMX) run bf16 products slower than fp32 ones.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    operands = {dtype: (torch.randn(512, 576).to(dtype), torch.randn(1536, 576).to(dtype)) for dtype in seconds}
+    for _ in range(8):
+        for dtype, (x, w) in operands.items():
+            start = time.perf_counter()
+            F.linear(x, w)
+            seconds[dtype].append(time.perf_counter() - start)
+    return torch.bfloat16 if 1.5 * min(seconds[torch.bfloat16]) < min(seconds[torch.float32]) else torch.float32
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ---- Hugging Face folders ----------------------------------------------------------------------------------------
+
+
+def check_hf_folder(path: str | os.PathLike) -> Path:
+    """The folder as a Path; UsageError when it is not a Hugging Face model folder."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UsageError(f"no model folder at {path}")
+    for what, names in {"config.json": ["config.json"], "safetensors weights": weight_files(path)}.items():
+        if not names or not (path / names[0]).exists():
+            raise UsageError(
+                f"{path} is not a Hugging Face model folder: no {what}. A Megatron checkpoint is converted with "
+                f"`python tools/convert_torch_dist_to_hf.py --input-dir {path} --output-dir OUT --origin-hf-dir HF`"
+            )
+    return path
+
+
+def weight_files(path: Path) -> list[str]:
+    """Names of the safetensors files of a folder, from its index when it is sharded."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return ["model.safetensors"] if (path / "model.safetensors").exists() else []
+
+
+def load_config(path: str | os.PathLike):
+    """The HF config of a folder; UsageError for families this host does not run."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(check_hf_folder(path), trust_remote_code=False)
+    if config.model_type not in FAMILIES:
+        raise UsageError(f"{path}: model type {config.model_type!r} is not one of {', '.join(FAMILIES)}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope != "default":
+        raise UsageError(f"{path}: rope type {rope!r} is not supported (only 'default')")
+    return config
+
+
+def load_model(
+    path: str | os.PathLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Transformer:
+    """The model of an HF folder. `dtype` is the compute dtype (default: the faster one here); parameters are fp32."""
+    config = load_config(path)
+    device = torch.device(device) if device is not None else pick_device()
+    with torch.device("meta"):
+        model = Transformer(config, dtype or pick_dtype(device))
+    model.to_empty(device=device)
+    load_weights(model, path)
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: Transformer, path: str | os.PathLike) -> None:
+    """Copy the weights of an HF folder of the same architecture into `model`, in place."""
+    reader = HfWeights(Path(path))
+    for name, parameter in model.named_parameters():
+        value = read_parameter(reader, name, model.config)
+        if value.shape != parameter.shape:
+            raise UsageError(f"{path}: {name} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+        parameter.copy_(value)
+    model.weights_changed()
+
+
+class HfWeights:
+    """Tensors of a safetensors folder by name, read on demand."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files = {}
+        for file in weight_files(path):
+            handle = safe_open(path / file, framework="pt")
+            self.files.update(dict.fromkeys(handle.keys(), handle))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise UsageError(f"{self.path}: the weights have no tensor {name!r}")
+        return self.files[name].get_tensor(name).float()
+
+
+def read_parameter(weights: HfWeights, name: str, config) -> Tensor:
+    """One parameter, by its Megatron name, out of HF tensors."""
+    if name in SINGLE:
+        return weights[SINGLE[name]]
+    _, _, index, rest = name.split(".", 3)
+    layer = f"model.layers.{index}."
+    if rest in PER_LAYER:
+        return weights[layer + PER_LAYER[rest]]
+    kind = rest.rsplit(".", 1)[1]
+    if rest.startswith("mlp.linear_fc1."):
+        return torch.cat([weights[f"{layer}mlp.{part}_proj.{kind}"] for part in ("gate", "up")])
+    parts = [weights[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+    kv = config.num_key_value_heads
+    return torch.cat([p.view(kv, -1, head_dim(config), *p.shape[1:]) for p in parts], dim=1).flatten(0, 2)
+
+
+def hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """The model's weights under their HF names, in the compute dtype."""
+    config = model.config
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().to(model.compute_dtype)
+        if name in SINGLE:
+            yield SINGLE[name], value.contiguous()
+            continue
+        _, _, index, rest = name.split(".", 3)
+        layer = f"model.layers.{index}."
+        if rest in PER_LAYER:
+            yield layer + PER_LAYER[rest], value.contiguous()
+            continue
+        kind = rest.rsplit(".", 1)[1]
+        if rest.startswith("mlp.linear_fc1."):
+            for part, half in zip(("gate", "up"), value.chunk(2), strict=True):
+                yield f"{layer}mlp.{part}_proj.{kind}", half.contiguous()
+            continue
+        group = config.num_attention_heads // config.num_key_value_heads
+        grouped = value.view(config.num_key_value_heads, group + 2, head_dim(config), *value.shape[1:])
+        for part, piece in zip("qkv", grouped.split([group, 1, 1], dim=1), strict=True):
+            yield f"{layer}self_attn.{part}_proj.{kind}", piece.flatten(0, 2).contiguous()
+
+
+SINGLE = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+PER_LAYER = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+}
+
+
+def save_hf(model: Transformer, out_dir: str | os.PathLike, source_dir: str | os.PathLike) -> Path:
+    """Write an HF folder: weights in the compute dtype, config and tokenizer from `source_dir`. All or nothing."""
+    out, source = Path(out_dir), Path(source_dir)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        save_file(dict(hf_tensors(model)), work / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((source / "config.json").read_text())
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(model.compute_dtype).removeprefix("torch.")
+        (work / "config.json").write_text(json.dumps(config, indent=2))
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copy(source / name, work / name)
+        work.chmod(0o755)
+        replace_folder(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put folder `new` at `target`; an older folder there survives until the new one is in place."""
+    if not target.exists():
+        os.replace(new, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    os.replace(target, old / "folder")
+    os.replace(new, target)
+    shutil.rmtree(old)

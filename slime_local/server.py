@@ -1,0 +1,164 @@
+"""SGLang's `/generate` in front of the one-machine engine.
+
+    python -m slime_local.server --model-path runs/local/sft-hf --port 30000
+
+The plug-in and the evaluator speak this protocol wherever they run. Binds to loopback unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+from slime_local.errors import UsageError
+
+MAX_REQUEST_BYTES = 16 * 2**20
+
+
+def make_app(engine, model_path: str):
+    """The aiohttp application over an Engine."""
+    from aiohttp import web
+
+    from slime_local.engine import RequestError
+
+    async def generate(request):
+        try:
+            return web.json_response(await engine.generate(await request.json()))
+        except ValueError as error:  # not JSON
+            return web.json_response({"error": {"message": f"the body is not JSON: {error}"}}, status=400)
+        except RequestError as error:
+            return web.json_response({"error": {"message": str(error)}}, status=400)
+        except RuntimeError as error:
+            return web.json_response({"error": {"message": str(error)}}, status=503)
+
+    async def health(request):
+        return web.Response(status=503 if engine.failure else 200)
+
+    async def model_info(request):
+        return web.json_response(
+            {
+                "model_path": model_path,
+                "tokenizer_path": model_path,
+                "is_generation": True,
+                "weight_version": str(engine.weight_version),
+                "max_context": engine.max_context,
+                "server": "slime_local",
+            }
+        )
+
+    async def abort(request):
+        body = await request.json() if request.can_read_body else {}
+        engine.abort(None if body.get("abort_all", True) and not body.get("rid") else body.get("rid"))
+        return web.Response()
+
+    async def workers(request):
+        return web.json_response({"workers": [{"url": f"http://{request.host}", "is_healthy": True}]})
+
+    async def loads(request):
+        return web.json_response(
+            {"loads": [{"num_reqs": engine.num_requests, "num_running_reqs": engine.num_requests}]}
+        )
+
+    app = web.Application(client_max_size=MAX_REQUEST_BYTES)
+    app.router.add_post("/generate", generate)
+    app.router.add_post("/abort_request", abort)
+    for path, handler in {
+        "/health": health,
+        "/health_generate": health,
+        "/model_info": model_info,
+        "/get_model_info": model_info,
+        "/server_info": model_info,
+        "/get_server_info": model_info,
+        "/workers": workers,
+        "/v1/loads": loads,
+    }.items():
+        app.router.add_get(path, handler)
+    return app
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound listening socket (port 0: any free one); UsageError when the port is taken."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(
+                f"port {port} on {host} is already in use: stop what listens there or choose another"
+            ) from None
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    sock.listen(1024)
+    return sock
+
+
+@contextlib.contextmanager
+def serve(engine, host: str = "127.0.0.1", port: int = 0, model_path: str = "") -> Iterator[tuple[str, int]]:
+    """Serve `engine` from a thread of its own while the block runs; gives (host, port)."""
+    from aiohttp import web
+
+    sock = bind(host, port)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="generate-server", daemon=True)
+    thread.start()
+    runner = web.AppRunner(make_app(engine, model_path), access_log=None)
+
+    async def start():
+        await runner.setup()
+        await web.SockSite(runner, sock, shutdown_timeout=1.0).start()
+
+    asyncio.run_coroutine_threadsafe(start(), loop).result()
+    try:
+        yield sock.getsockname()[:2]
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m slime_local.server", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model-path", required=True, help="Hugging Face model folder")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("--context-length", type=int, default=8192, help="longest prompt plus answer, in tokens")
+    parser.add_argument("--max-running-requests", type=int, default=64, help="episodes whose KV is kept")
+    parser.add_argument("--seed", type=int, default=0, help="for requests without a sampling_seed")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    from slime_local.model import check_hf_folder
+
+    check_hf_folder(args.model_path)
+    bind(args.host, args.port).close()  # a busy port is told before the model loads
+    from transformers import AutoTokenizer
+
+    from slime_local.engine import Engine
+    from slime_local.model import load_model
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model_path, trust_remote_code=False)
+    model = load_model(args.model_path)
+    engine = Engine(model, tokenizer, args.context_length, args.max_running_requests, seed=args.seed)
+    with serve(engine, args.host, args.port, args.model_path) as (host, port):
+        print(f"serving {args.model_path} on http://{host}:{port} ({model.device}, {model.compute_dtype})", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
