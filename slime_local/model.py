@@ -1,4 +1,4 @@
-"""The language model of the one-machine host: Llama, Qwen2 and Qwen3 decoders, one implementation for training and for the engine.
+"""The language model of the one-machine host: Llama, Qwen2 and Qwen3 decoders, for the trainer and the engine alike.
 
 Trainer and engine run the same layers over the same parameters, so their log-probs agree and new weights need no copy.
 Parameters carry Megatron's names and layouts (fused QKV per KV group, fused gate and up projection), so that slime's

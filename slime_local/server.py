@@ -108,17 +108,24 @@ def serve(engine, host: str = "127.0.0.1", port: int = 0, model_path: str = "") 
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="generate-server", daemon=True)
     thread.start()
-    runner = web.AppRunner(make_app(engine, model_path), access_log=None)
+    runner = web.AppRunner(make_app(engine, model_path), access_log=None, shutdown_timeout=1.0)
 
     async def start():
         await runner.setup()
-        await web.SockSite(runner, sock, shutdown_timeout=1.0).start()
+        await web.SockSite(runner, sock).start()
+
+    async def stop():
+        await runner.cleanup()
+        idle = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in idle:  # connections that a client keeps open
+            task.cancel()
+        await asyncio.gather(*idle, return_exceptions=True)
 
     asyncio.run_coroutine_threadsafe(start(), loop).result()
     try:
         yield sock.getsockname()[:2]
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+        asyncio.run_coroutine_threadsafe(stop(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

@@ -1,0 +1,231 @@
+"""The engine and its server: exact log-probs, kept KV, batching, aborts, new weights, refusals."""
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from slime_local.engine import Engine, RequestError, SamplingParams, common_prefix, sample
+from slime_local.model import load_model
+from slime_local.server import serve
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir):
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return load_model(tiny_model_dir, torch.float32, "cpu").requires_grad_(False)
+
+
+@pytest.fixture
+def engine(model, tokenizer):
+    engine = Engine(model, tokenizer, max_context=256, max_running=4)
+    yield engine
+    engine.close()
+
+
+def request(ids, **params):
+    return {"input_ids": ids, "sampling_params": {"max_new_tokens": 8, "ignore_eos": True, **params}}
+
+
+def reference_logprobs(model, prompt, output, temperature=1.0):
+    """Log-probs of `output` after `prompt` from one full forward pass."""
+    ids = torch.tensor(prompt + output)
+    logits = model.logits(model(ids, [len(ids)])) / temperature
+    return torch.log_softmax(logits, -1)[len(prompt) - 1 : -1].gather(1, torch.tensor(output)[:, None])[:, 0]
+
+
+def logprobs(answer):
+    return torch.tensor([pair[0] for pair in answer["meta_info"]["output_token_logprobs"]])
+
+
+async def test_log_probs_over_turns_equal_a_full_forward(model, engine):
+    """Several turns with kept KV, at another temperature, beside other requests."""
+
+    async def episode(start):
+        ids = [start + i for i in range(20)]
+        for turn in range(4):
+            answer = await engine.generate(request(ids, temperature=0.7, sampling_seed=start + turn))
+            expected = reference_logprobs(model, ids, answer["output_ids"], 0.7)
+            torch.testing.assert_close(logprobs(answer), expected, atol=1e-4, rtol=1e-4)
+            assert answer["meta_info"]["cached_tokens"] >= (len(ids) - 7 if turn else 0)
+            ids = ids + answer["output_ids"] + [start, turn + 1, 7, 8, 9, 10]
+
+    await asyncio.gather(*(episode(100 * n) for n in range(1, 5)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=40), min_size=1, max_size=12))
+def test_any_batch_is_exact(model, tokenizer, prompts):
+    """More prompts than slots, shared prefixes, any lengths: each answer is what a full forward says."""
+    engine = Engine(model, tokenizer, max_context=64, max_running=3)
+
+    async def run():
+        return await asyncio.gather(*(engine.generate(request(p, temperature=0.0)) for p in prompts))
+
+    try:
+        for prompt, answer in zip(prompts, asyncio.run(run()), strict=True):
+            expected = reference_logprobs(model, prompt, answer["output_ids"])
+            torch.testing.assert_close(logprobs(answer), expected, atol=1e-4, rtol=1e-4)
+            assert len(answer["output_ids"]) == answer["meta_info"]["completion_tokens"]
+    finally:
+        engine.close()
+
+
+async def test_a_new_episode_starts_from_the_shared_prefix(engine):
+    system = list(range(200, 260))
+    await engine.generate(request([*system, 1, 2, 3]))
+    first = await engine.generate(request([*system, 4, 5, 6]))
+    assert first["meta_info"]["cached_tokens"] == len(system)
+
+
+async def test_a_long_prompt_is_read_in_chunks(model, tokenizer):
+    engine = Engine(model, tokenizer, max_context=256, max_running=2, max_step_tokens=16)
+    prompt = list(range(100))
+    answers = await asyncio.gather(engine.generate(request(prompt)), engine.generate(request(prompt[::-1])))
+    engine.close()
+    for ids, answer in zip((prompt, prompt[::-1]), answers, strict=True):
+        expected = reference_logprobs(model, ids, answer["output_ids"])
+        torch.testing.assert_close(logprobs(answer), expected, atol=1e-4, rtol=1e-4)
+
+
+async def test_new_weights_empty_the_cache(tiny_model_dir, tokenizer):
+    model = load_model(tiny_model_dir, torch.float32, "cpu").requires_grad_(False)
+    engine = Engine(model, tokenizer, max_context=128, max_running=2)
+    prompt = list(range(30))
+    await engine.generate(request(prompt))
+    for parameter in model.parameters():
+        parameter.mul_(1.3)
+    engine.update_weights(model)
+    answer = await engine.generate(request(prompt, temperature=0.0))
+    engine.close()
+    assert answer["meta_info"]["weight_version"] == "1"
+    assert answer["meta_info"]["cached_tokens"] == 0
+    expected = reference_logprobs(model, prompt, answer["output_ids"])
+    torch.testing.assert_close(logprobs(answer), expected, atol=1e-4, rtol=1e-4)
+
+
+async def test_seeded_sampling_repeats_whatever_runs_beside_it(engine):
+    wanted = request([5, 6, 7], sampling_seed=11)
+    alone = await engine.generate(wanted)
+    crowd = await asyncio.gather(engine.generate(wanted), *(engine.generate(request([i])) for i in range(3)))
+    assert crowd[0]["output_ids"] == alone["output_ids"]
+
+
+async def test_finish_reasons(model, tokenizer, engine):
+    cut = await engine.generate(request([1, 2, 3], max_new_tokens=3))
+    assert cut["meta_info"]["finish_reason"] == {"type": "length", "length": 3}
+    token = cut["output_ids"][0]
+    stopped = await engine.generate(request([1, 2, 3], temperature=0.0))
+    token = stopped["output_ids"][2]
+    stopped = await engine.generate(request([1, 2, 3], temperature=0.0, stop_token_ids=[token]))
+    assert stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": token}
+    assert stopped["output_ids"][-1] == token
+    full = await engine.generate(request(list(range(250)), max_new_tokens=100))
+    assert full["meta_info"]["finish_reason"]["type"] == "length"
+    assert len(full["output_ids"]) == 6
+
+
+async def test_abort_returns_what_was_sampled(engine):
+    task = asyncio.create_task(engine.generate(request([1, 2, 3], max_new_tokens=200)))
+    await asyncio.sleep(0.05)
+    engine.abort_all()
+    answer = await task
+    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+    assert len(answer["output_ids"]) < 200
+    assert (await engine.generate(request([1, 2, 3])))["output_ids"]
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        ([], "JSON object"),
+        ({}, "input_ids"),
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [10**9]}, "integers from 0"),
+        ({"input_ids": [True]}, "integers from 0"),
+        ({"input_ids": [1.5]}, "integers from 0"),
+        ({"input_ids": list(range(256))}, "context is 256"),
+        ({"input_ids": [1], "stream": True}, "stream"),
+        (request([1], temperature=-1), "temperature"),
+        (request([1], temperature=float("nan")), "temperature"),
+        (request([1], top_p=0), "top_p"),
+        (request([1], max_new_tokens=0), "max_new_tokens"),
+        (request([1], repetition_penalty=1.1), "repetition_penalty"),
+    ],
+)
+async def test_bad_requests_are_refused(engine, payload, message):
+    with pytest.raises(RequestError, match=message):
+        await engine.generate(payload)
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(200, 1)
+    uniforms = [i / 200 for i in range(200)]
+    ids, _ = sample(logits, [SamplingParams(top_k=2)] * 200, uniforms)
+    assert set(ids) == {0, 1}
+    ids, _ = sample(logits, [SamplingParams(top_p=0.9)] * 200, uniforms)
+    assert set(ids) == {0, 1, 2}
+    ids, found = sample(logits, [SamplingParams()] * 200, uniforms)
+    assert [ids.count(i) for i in range(4)] == pytest.approx([100, 60, 30, 10], abs=2)
+    assert found[0] == pytest.approx(torch.log(torch.tensor(0.5)).item(), abs=1e-5)
+
+
+@given(st.lists(st.integers(0, 2), max_size=30), st.lists(st.integers(0, 2), max_size=30), st.integers(0, 30))
+def test_common_prefix(a, b, limit):
+    n = common_prefix(a, b, limit)
+    assert a[:n] == b[:n] and n <= limit
+    assert n == limit or n == min(len(a), len(b)) or a[n] != b[n]
+
+
+def call(address, path, body=None):
+    url = f"http://{address[0]}:{address[1]}{path}"
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=30) as reply:
+            return reply.status, reply.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_the_server_speaks_sglangs_protocol(engine):
+    with serve(engine, model_path="some/model") as address:
+        assert address[0] == "127.0.0.1"
+        status, body = call(address, "/generate", request([1, 2, 3], max_new_tokens=4))
+        answer = json.loads(body)
+        assert status == 200 and len(answer["meta_info"]["output_token_logprobs"]) == 4
+        assert call(address, "/health")[0] == 200
+        assert json.loads(call(address, "/model_info")[1])["model_path"] == "some/model"
+        assert json.loads(call(address, "/workers")[1])["workers"][0]["url"].endswith(str(address[1]))
+        assert call(address, "/abort_request", {"abort_all": True})[0] == 200
+        assert call(address, "/generate", b"{not json")[0] == 400
+        status, body = call(address, "/generate", {"input_ids": []})
+        assert status == 400 and b"input_ids" in body
+        assert call(address, "/generate", b"x" * (17 * 2**20))[0] == 413
+
+
+@pytest.mark.parametrize("case", ["no folder", "busy port"])
+def test_the_server_command_names_bad_input_at_once(case, tiny_model_dir, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        folder = tmp_path if case == "no folder" else tiny_model_dir
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "slime_local.server", "--model-path", str(folder), "--port", port]
+        started = time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert ("not a Hugging Face model folder" if case == "no folder" else "in use") in done.stderr
+    assert time.monotonic() - started < 20

@@ -1,0 +1,112 @@
+"""The one-machine model against transformers, and its HF folders."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from slime_local.errors import UsageError
+from slime_local.model import PLAIN_ATTENTION_MAX, attend_causal, check_hf_folder, load_model, plain_causal, save_hf
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+CONFIGS = {
+    "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"}, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=False),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request, tmp_path):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", ".bias")):  # transformers initialises them to 1 and 0
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_hidden_states_and_gradients_equal_those_of_transformers(folder):
+    ours = load_model(folder, torch.float32, "cpu")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.randint(0, 300, (40,))
+    packed = ours.logits(ours(ids, [25, 15]))
+    apart = torch.cat([theirs(ids[None, :25]).logits[0], theirs(ids[None, 25:]).logits[0]])
+    torch.testing.assert_close(packed, apart, atol=1e-4, rtol=1e-4)
+    packed.logsumexp(-1).sum().backward()
+    apart.logsumexp(-1).sum().backward()
+    ours_grad = ours.embedding.word_embeddings.weight.grad
+    torch.testing.assert_close(ours_grad, theirs.model.embed_tokens.weight.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_saved_folder_is_the_same_model_for_transformers(folder, tmp_path):
+    ours = load_model(folder, torch.float32, "cpu")
+    save_hf(ours, tmp_path / "out", folder)
+    save_hf(ours, tmp_path / "out", folder)  # over an older one
+    before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_names_are_megatrons(folder):
+    names = {name for name, _ in load_model(folder, torch.float32, "cpu").named_parameters()}
+    assert "decoder.layers.2.self_attention.linear_qkv.weight" in names
+    assert "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in names
+    assert "embedding.word_embeddings.weight" in names
+
+
+def test_frozen_lower_layers_are_left_out_of_autograd(folder):
+    model = load_model(folder, torch.float32, "cpu")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("decoder.layers.2."))
+    model(torch.arange(20), [20]).sum().backward()
+    with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_grad == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_bf16_compute_keeps_fp32_parameters_and_sees_new_weights(folder):
+    model = load_model(folder, torch.bfloat16, "cpu")
+    ids = torch.arange(30)
+    with torch.no_grad():
+        before = model.logits(model(ids, [30]))
+        for parameter in model.parameters():
+            assert parameter.dtype == torch.float32
+            parameter.mul_(1.2)
+        model.weights_changed()
+        after = model.logits(model(ids, [30]))
+    assert not torch.allclose(before, after)
+
+
+def test_plain_attention_equals_the_fused_one():
+    q, k, v = torch.randn(33, 2, 3, 8), torch.randn(33, 2, 8), torch.randn(33, 2, 8)
+    torch.testing.assert_close(plain_causal(q, k, v), attend_causal(q, k, v), atol=1e-5, rtol=1e-5)
+    assert PLAIN_ATTENTION_MAX > 33
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_folder_that_is_no_model_is_named(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(UsageError, match="convert_torch_dist_to_hf"):
+        check_hf_folder(folder)
+
+
+def test_other_families_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "gpt2"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="gpt2"):
+        load_model(folder)
