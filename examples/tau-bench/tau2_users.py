@@ -111,8 +111,7 @@ _RESET = re.compile(r"\b(re-?set|restore)\w*|\bto default\b")
 _PAY = re.compile(r"\bpay\b|\b(make|accept|complete|approve|authori[sz]e)\w*\b.*\bpayment\b|\bmake it\b|\baccept it\b")
 _SET = re.compile(r"\b(set|change|switch|select|choose|use|put|update|move)\b")
 _CHECK = re.compile(
-    r"\b(check|look|see|tell|show|verify|confirm|view|report|read|test|run|re-?run|try|retry|send|let me know|what|which|"
-    r"how|do you|does|can you|could you|are you|is|are)\b"
+    r"\b(check|look|see|tell|show|verify|confirm|view|report|read|test|run|re-?run|try|retry|send|let me know)\b"
 )
 _ASKS_WHETHER = re.compile(
     r"\b(check|see|verify|confirm|tell me|know|ask|wondering) (if|whether|that)\b|\bwhether\b|\bdouble[- ]check\b"
