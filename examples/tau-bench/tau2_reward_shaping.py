@@ -1,0 +1,207 @@
+"""Partial credit for GRPO, and what the rollout log says about episodes; slime plug-ins, reached by these flags:
+
+    --custom-reward-post-process-path tau2_reward_shaping.tau2_reward_post_process
+    --custom-rollout-log-function-path tau2_reward_shaping.log_rollout
+    --custom-eval-rollout-log-function-path tau2_reward_shaping.log_eval_rollout
+
+`sample.reward` is tau2's binary reward and stays as it is. The trained reward is
+
+    R = reward + alpha * partial        alpha: tau2_partial_alpha, 0.5
+
+where `partial` (0..1) is the share of the task's checks that are met, weighted .7 action, .1 communicate, .2 assertion
+and renormalised over the kinds of checks that the task has. Telecom has no communicate checks: .778 action, .222
+assertion.
+
+What partial credit is not: an assertion that holds before anybody did anything (a transfer task's) gives its share for
+nothing. It does so for every sample of the group alike, and the group's mean takes it out again. Action checks give
+nothing for free: a check counts only for a call by the right side, without a tool error, with all arguments, once per
+call ("sound" matching). tau2_partial_matching: official selects tau2's own matcher for comparison; it can be gamed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+ALPHA = 0.5
+WEIGHTS = {"action": 0.7, "communicate": 0.1, "assertion": 0.2}
+MATCHINGS = ("sound", "official")
+GROUP_NORMALISED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
+STD_NORMALISED = ("grpo", "gspo", "cispo")
+STD_EPSILON = 1e-6  # slime's
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The score of one episode
+
+
+def partial_score(checks: dict | None, matching: str = "sound") -> float:
+    """Weighted share of met checks, 0..1; 0.0 when there are none (also after an infrastructure failure).
+
+    checks: an episode's `checks` (see tau2_episode). matching: "sound", or "official" for tau2's own action matcher.
+    """
+    if matching not in MATCHINGS:
+        raise ValueError(f"unknown matching {matching!r}; choose one of: {', '.join(MATCHINGS)}")
+    checks = checks or {}
+    met = {
+        "action": [check[matching] for check in checks.get("action_checks") or []],
+        "communicate": [check["met"] for check in checks.get("communicate_checks") or []],
+        "assertion": [check["met"] for check in checks.get("env_assertions") or []],
+    }
+    present = {kind: sum(values) / len(values) for kind, values in met.items() if values}
+    total = sum(WEIGHTS[kind] for kind in present)
+    return sum(WEIGHTS[kind] * share for kind, share in present.items()) / total if present else 0.0
+
+
+def shaped_reward(reward: float, checks: dict | None, alpha: float = ALPHA, matching: str = "sound") -> float:
+    """R = reward + alpha * partial."""
+    return reward + alpha * partial_score(checks, matching)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# slime's reward plug-in
+
+
+def tau2_reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[float]]:
+    """(raw_rewards, rewards), both of len(samples): the binary rewards, and the shaped ones normalised per group.
+
+    Groups are the samples of one prompt (`group_index`), of whatever sizes. Samples that hold no episode (aborted or
+    removed) get 0.0 and stay out of their group's mean and standard deviation. Raises RuntimeError when a mistake in
+    the configuration has left the whole batch without an episode, which no later batch can mend.
+    """
+    _refuse_hopeless(samples)
+    raw = [
+        _number(sample.get_reward_value(args) if hasattr(args, "reward_key") else sample.reward) for sample in samples
+    ]
+    alpha = float(getattr(args, "tau2_partial_alpha", ALPHA))
+    matching = getattr(args, "tau2_partial_matching", "sound")
+    shaped = [
+        shaped_reward(reward, _record(sample).get("checks"), alpha, matching) if is_episode(sample) else 0.0
+        for reward, sample in zip(raw, samples, strict=True)
+    ]
+    return raw, _normalise(args, samples, shaped)
+
+
+def is_episode(sample: Any) -> bool:
+    """Whether the sample holds an episode that can be trained on and counted."""
+    return not sample.remove_sample and sample.status is not type(sample).Status.ABORTED
+
+
+def _normalise(args: Any, samples: Sequence[Any], shaped: list[float]) -> list[float]:
+    estimator = getattr(args, "advantage_estimator", "grpo")
+    if not getattr(args, "rewards_normalization", True) or estimator not in GROUP_NORMALISED:
+        return shaped
+    by_std = estimator in STD_NORMALISED and getattr(args, "grpo_std_normalization", True)
+    rewards = [0.0] * len(samples)
+    for members in _groups(samples).values():
+        values = [shaped[i] for i in members]
+        mean = statistics.fmean(values)
+        scale = statistics.stdev(values) + STD_EPSILON if by_std and len(values) > 1 else 1.0
+        for i, value in zip(members, values, strict=True):
+            rewards[i] = (value - mean) / scale
+    return rewards
+
+
+def _groups(samples: Sequence[Any]) -> dict[Any, list[int]]:
+    """Positions of the episodes of each prompt. A sample of no group is compared with nothing: its advantage is 0."""
+    groups = defaultdict(list)
+    for i, sample in enumerate(samples):
+        if is_episode(sample):
+            key = ("alone", i) if sample.group_index is None else sample.group_index
+            groups[key].append(i)
+    return groups
+
+
+def _record(sample: Any) -> dict:
+    """What generate_with_tau wrote about the episode."""
+    return (sample.metadata or {}).get("tau2") or {}
+
+
+def _number(reward: Any) -> float:
+    return float(reward) if reward is not None else 0.0
+
+
+def _refuse_hopeless(samples: Sequence[Any]) -> None:
+    mistakes = [_record(sample).get("bad_input") for sample in samples]
+    if samples and all(mistakes):
+        raise RuntimeError(f"no episode could run: {mistakes[0]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# slime's logging plug-ins
+
+
+def log_rollout(
+    rollout_id: int, args: Any, samples: Sequence[Any], rollout_extra_metrics: dict, rollout_time: float
+) -> bool:
+    """Add this module's metrics to the rollout's; False: slime goes on with its own logging, which writes both."""
+    args.logged_rollout_id = rollout_id  # slime's contract test asks for this trace of the call
+    metrics = {f"rollout/{key}": value for key, value in episode_metrics(args, samples).items()}
+    _hand_over(args, rollout_id, rollout_extra_metrics, metrics, "rollout/step")
+    return False
+
+
+def log_eval_rollout(rollout_id: int, args: Any, data: dict[str, dict], extra_metrics: dict | None) -> bool:
+    """The same for evaluation data sets: {name: {"rewards", "truncated", "samples"}}."""
+    args.logged_eval_rollout_id = rollout_id
+    metrics = {}
+    for name, result in data.items():
+        found = episode_metrics(args, result.get("samples") or [])
+        metrics |= {f"eval/{name}/{key}": value for key, value in found.items()}
+    _hand_over(args, rollout_id, extra_metrics, metrics, "eval/step")
+    return False
+
+
+def _hand_over(args: Any, rollout_id: int, extra: dict | None, metrics: dict, step_key: str) -> None:
+    """Into the dict that slime logs next; where slime gave none, they go out on their own."""
+    if extra is not None:
+        extra.update(metrics)
+        return
+    logger.info("%s %d: %s", step_key.split("/")[0], rollout_id, metrics)
+    if metrics and importlib.util.find_spec("slime") and hasattr(args, "use_wandb"):
+        from slime.observability import logging_utils
+        from slime.observability.metric_utils import compute_rollout_step
+
+        logging_utils.log(args, {**metrics, step_key: compute_rollout_step(args, rollout_id)}, step_key=step_key)
+
+
+def episode_metrics(args: Any, samples: Iterable[Any]) -> dict[str, float]:
+    """Means over the samples that hold an episode, end reasons over all of them.
+
+    Keys: stop/REASON (fractions that add up to 1), aborted (count), pass_rate, pass_rate/ISSUE_TYPE, partial_score,
+    shaped_reward, turns, steps, tool_errors, seconds/generation, seconds/customer, seconds/other.
+    """
+    samples = list(samples)
+    records = [_record(sample) for sample in samples]
+    reasons = Counter(record.get("end_reason", "unknown") for record in records)
+    metrics = {f"stop/{reason}": count / len(samples) for reason, count in sorted(reasons.items())}
+    metrics["aborted"] = sum(not is_episode(sample) for sample in samples)
+    kept = [(s, r) for s, r in zip(samples, records, strict=True) if is_episode(s) and r.get("reward") is not None]
+    return metrics | (_means(args, kept) if kept else {})
+
+
+def _means(args: Any, kept: list[tuple[Any, dict]]) -> dict[str, float]:
+    matching = getattr(args, "tau2_partial_matching", "sound")
+    alpha = float(getattr(args, "tau2_partial_alpha", ALPHA))
+    by_type = defaultdict(list)
+    for _, record in kept:
+        by_type[record.get("issue_type", "other")].append(bool(record["solved"]))
+    records = [record for _, record in kept]
+    metrics = {
+        "pass_rate": statistics.fmean(bool(r["solved"]) for r in records),
+        "partial_score": statistics.fmean(partial_score(r["checks"], matching) for r in records),
+        "shaped_reward": statistics.fmean(shaped_reward(r["reward"], r["checks"], alpha, matching) for r in records),
+        "turns": statistics.fmean(r["agent_turns"] for r in records),
+        "steps": statistics.fmean(r["steps"] for r in records),
+        "tool_errors": statistics.fmean(r["tool_errors"] for r in records),
+        "seconds/generation": statistics.fmean(r["agent_seconds"] for r in records),
+        "seconds/customer": statistics.fmean(r["user_seconds"] for r in records),
+        "seconds/other": statistics.fmean(max(0.0, s.non_generation_time - r["user_seconds"]) for s, r in kept),
+    }
+    return metrics | {f"pass_rate/{kind}": statistics.fmean(solved) for kind, solved in sorted(by_type.items())}
