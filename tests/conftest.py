@@ -1,8 +1,9 @@
 """What the tests share: import paths, a quiet offline environment, and the models that they run on.
 
 Fixtures: `smol_dir` (SmolLM2-135M-Instruct as an HF folder, converted once and kept under .cache/ or $TAU2_CACHE),
-`tiny_model_dir` (a random two-layer llama with SmolLM2's tokenizer and chat template), `qwen3_tokenizer` (from the folder
-that $TAU2_TEST_QWEN3_TOKENIZER names; its tests are skipped, with the reason, where that is not set) and `run_script`.
+`tiny_model_dir` (a random two-layer llama with SmolLM2's tokenizer and chat template), `qwen3_tokenizer` (from the
+folder that $TAU2_TEST_QWEN3_TOKENIZER names; tests of it are skipped, with the reason, where that is not set) and
+`run_script`.
 """
 
 import os
@@ -42,7 +43,7 @@ def smol_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(smol_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama (2 layers x 64, 4 heads, 2 KV heads) with SmolLM2's tokenizer (49,152 tokens) and chat template."""
+    """A random llama (2 layers x 64, 4 heads, 2 KV heads) with SmolLM2's tokenizer (49,152 ids) and chat template."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
