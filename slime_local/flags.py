@@ -49,6 +49,7 @@ HONOURED = {
     "--no-load-rng": "leave the random state of --load",
     "--save": "folder for checkpoints",
     "--save-interval": "rollouts between checkpoints",
+    "--save-retain-interval": "keep only the older checkpoints at multiples of it",
     "--save-hf": "HF folder for each checkpoint, with {rollout_id} in its name",
     "--no-save-optim": "leave the optimizer out of checkpoints",
     "--no-save-rng": "leave the random state out of checkpoints",
@@ -136,9 +137,8 @@ HONOURED = {
     "--micro-batch-size": "samples in a forward pass",
     "--use-dynamic-batch-size": "fill forward passes up to --max-tokens-per-gpu",
     "--max-tokens-per-gpu": "tokens in a forward pass",
-    "--log-probs-max-tokens-per-gpu": "the same where only log-probs are computed",
     "--loss-type": "policy_loss or sft_loss",
-    "--advantage-estimator": "grpo, gspo, reinforce_plus_plus or reinforce_plus_plus_baseline",
+    "--advantage-estimator": "all but ppo",
     "--calculate-per-token-loss": "mean over tokens in place of the mean over samples",
     "--disable-compute-advantages-and-returns": "no advantages (SFT)",
     "--disable-rewards-normalization": "rewards as they are",
@@ -158,7 +158,12 @@ HONOURED = {
     "--use-tis": "truncated importance sampling between engine and trainer",
     "--tis-clip": "its upper bound",
     "--tis-clip-low": "its lower bound",
-    "--use-rollout-entropy": "log the entropy at rollout time",
+    "--custom-tis-function-path": "function that corrects in its place",
+    "--get-mismatch-metrics": "log that function's metrics",
+    "--custom-pg-loss-reducer-function-path": "function that builds the reducer of the policy loss",
+    "--use-opsm": "mask sequences that drifted off-policy",
+    "--opsm-delta": "how far they may drift",
+    "--log-probs-chunk-size": "positions that go through the vocabulary at a time",
     "--optimizer": "adam only",
     "--lr": "learning rate",
     "--min-lr": "its lower bound",
@@ -169,7 +174,13 @@ HONOURED = {
     "--lr-warmup-fraction": "share of the steps that warms up",
     "--lr-warmup-iters": "optimizer steps that warm up",
     "--lr-warmup-init": "learning rate at the first step of it",
+    "--override-opt_param-scheduler": "resume with the schedule of the flags",
+    "--use-checkpoint-opt_param-scheduler": "resume with the schedule of the checkpoint",
+    "--reset-optimizer-states": "forget the moments before each rollout",
     "--weight-decay": "AdamW's weight decay",
+    "--weight-decay-incr-style": "its schedule",
+    "--start-weight-decay": "its first value",
+    "--end-weight-decay": "its last value",
     "--adam-beta1": "AdamW",
     "--adam-beta2": "AdamW",
     "--adam-eps": "AdamW",
@@ -197,10 +208,7 @@ HONOURED = {
     "--wandb-project": "Weights & Biases project",
     "--wandb-group": "Weights & Biases group",
     "--wandb-team": "Weights & Biases team",
-    "--wandb-host": "Weights & Biases server",
-    "--wandb-run-id": "Weights & Biases run",
     "--wandb-always-use-train-step": "count optimizer steps on the x axis of rollouts",
-    "--disable-wandb-random-suffix": "group name as it is",
 }
 
 REFUSED = {
@@ -211,12 +219,13 @@ REFUSED = {
     "--custom-megatron-before-train-step-hook-path": "there is no Megatron",
     "--custom-megatron-init-path": "there is no Megatron",
     "--custom-model-provider-path": "there is no Megatron",
-    "--custom-pg-loss-reducer-function-path": "the trainer has its own losses only",
-    "--custom-tis-function-path": "the trainer has its own correction only",
+    "--decoupled-lr": "schedules count optimizer steps, with one learning rate",
+    "--lr-decay-samples": "schedules count optimizer steps, with one learning rate",
+    "--lr-warmup-samples": "schedules count optimizer steps, with one learning rate",
+    "--lr-wsd-decay-samples": "schedules count optimizer steps, with one learning rate",
     "--decrease-batch-size-if-needed": "batches are constant",
     "--enable-mtp-training": "there is no multi-token prediction",
     "--fp16": "weights are fp32 and products bf16 or fp32",
-    "--get-mismatch-metrics": "the trainer has its own correction only",
     "--keep-old-actor": "old log-probs are computed at the start of the step",
     "--load-forge-rollout-data": "use --load-debug-rollout-data",
     "--mask-offpolicy-in-partial-rollout": "there are no partial rollouts",
@@ -228,21 +237,18 @@ REFUSED = {
     "--partial-rollout": "unfinished samples are dropped at the end of a rollout",
     "--rampup-batch-size": "batches are constant",
     "--ref-update-interval": "the reference stays as it is",
-    "--reset-optimizer-states": "the optimizer keeps its state",
     "--rm-type": "give --custom-rm-path, or set the reward in the generate function",
     "--rollout-data-postprocess-path": "it reads Megatron's rollout batches",
     "--rollout-external-engine-addrs": "the engine runs in this process",
     "--use-opd": "there is no distillation",
-    "--use-opsm": "the trainer has its own losses only",
     "--use-rollout-routing-replay": "there is no mixture of experts",
     "--use-routing-replay": "there is no mixture of experts",
     "--use-stateless-adam": "the optimizer is AdamW",
     "--wandb-key": "the key comes from the environment: WANDB_API_KEY",
-    "--weight-decay-incr-style": "weight decay is constant",
 }
 
 ALLOWED_VALUES = {
-    "--advantage-estimator": {"grpo", "gspo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"},
+    "--advantage-estimator": {"grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"},
     "--loss-mask-type": {"qwen", "qwen3"},
     "--loss-type": {"policy_loss", "sft_loss"},
     "--optimizer": {"adam"},
@@ -476,7 +482,7 @@ def _derive_batches(args: argparse.Namespace) -> None:
         args.grpo_std_normalization = False
     if args.over_sampling_batch_size is None:
         args.over_sampling_batch_size = args.rollout_batch_size
-    if args.log_probs_max_tokens_per_gpu is None:
+    if args.use_dynamic_batch_size and args.log_probs_max_tokens_per_gpu is None:
         args.log_probs_max_tokens_per_gpu = args.max_tokens_per_gpu
 
 
@@ -546,7 +552,11 @@ def _refuse_combinations(args: argparse.Namespace) -> None:
         ),
         (
             (args.kl_coef != 0 or args.use_kl_loss) and args.ref_load is None,
-            "the KL terms need a reference: add --ref-load",
+            "--use-kl-loss and --kl-coef need a reference: add --ref-load",
+        ),
+        (
+            args.get_mismatch_metrics and args.custom_tis_function_path is None,
+            "--get-mismatch-metrics needs --custom-tis-function-path",
         ),
     ]
     lines = [message for broken, message in rules if broken]
