@@ -1,0 +1,301 @@
+"""Training checkpoints in Megatron's folder layout, and the rule that says where a run starts.
+
+    DIR/latest_checkpointed_iteration.txt      the newest complete iteration
+    DIR/iter_0000007/model.safetensors         every parameter, under its Megatron name, fp32
+                     optimizer.safetensors     AdamW's moments of the trainable parameters
+                     state.pt                  schedule, random generators, the caller's own state
+
+An iteration appears under its name only when it is complete, and the text file names it only after that. Reading never
+unpickles anything but plain values and tensors.
+"""
+
+import io
+import os
+import random
+import re
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slime_local.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TRACKER = "latest_checkpointed_iteration.txt"
+ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Weights on disk: an iteration of a checkpoint folder, or (`iteration` None) a Hugging Face folder."""
+
+    path: Path
+    iteration: int | None
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.iteration is None else iteration_folder(self.path, self.iteration)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: from `location`, continuing that run (`resume`) or with its weights only."""
+
+    location: Location
+    resume: bool
+    reason: str
+
+
+def iteration_folder(path: Path | str, iteration: int) -> Path:
+    return Path(path) / f"iter_{iteration:07d}"
+
+
+# ---- Finding -----------------------------------------------------------------------------------------------------
+
+
+def find_start(args: Namespace) -> Start:
+    """The run's starting point by slime's rule: --load if there is a checkpoint in it, else --ref-load, else
+    --hf-checkpoint. Raises UsageError when a folder given is not what the flag wants; loads nothing."""
+    if args.load is not None:
+        found = locate(args.load, args.ckpt_step, "--load", "--ckpt-step")
+        if found is not None:
+            resume = found.iteration is not None and not args.finetune
+            return Start(found, resume, "resuming from" if resume else "starting with the weights of --load")
+    missing = "" if args.load is None else f"no checkpoint in --load {args.load} yet: "
+    if args.ref_load is not None:
+        found = reference_location(args)
+        return Start(found, False, f"{missing}starting with the weights of --ref-load")
+    return Start(Location(Path(args.hf_checkpoint), None), False, f"{missing}starting with --hf-checkpoint")
+
+
+def reference_location(args: Namespace) -> Location:
+    """The weights that --ref-load (with --ref-ckpt-step) names. Raises UsageError when there are none."""
+    if args.ref_load is None:
+        raise UsageError("--use-kl-loss and --kl-coef need --ref-load: the folder with the reference model's weights")
+    found = locate(args.ref_load, args.ref_ckpt_step, "--ref-load", "--ref-ckpt-step")
+    if found is None:
+        raise UsageError(
+            f"--ref-load {args.ref_load}: no checkpoint there (neither {TRACKER} nor a Hugging Face config.json)"
+        )
+    return found
+
+
+def locate(path: str | Path, step: int | None, flag: str, step_flag: str) -> Location | None:
+    """What `flag` names: an iteration (`step`, else the newest), an HF folder, or None where there is nothing yet.
+
+    Raises UsageError for an iteration folder, a step that is not there, and formats that this host does not read.
+    """
+    path = Path(path)
+    named = ITERATION.fullmatch(path.name)
+    if named:
+        raise UsageError(
+            f"{flag} {path} is one iteration's folder: give {flag} {path.parent} {step_flag} {int(named[1])}"
+        )
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{flag} {path} is a file: give a checkpoint folder or a Hugging Face model folder")
+    if (path / TRACKER).is_file():
+        return _located_iteration(path, step, flag, step_flag)
+    if not (path / "config.json").is_file():
+        return None
+    if step is not None:
+        raise UsageError(f"{flag} {path} is a Hugging Face folder and has no steps: leave out {step_flag} {step}")
+    return Location(path, None)
+
+
+def _located_iteration(path: Path, step: int | None, flag: str, step_flag: str) -> Location:
+    newest = (path / TRACKER).read_text().strip()
+    if step is None and not newest.isdigit():
+        raise UsageError(
+            f"{flag} {path}: {TRACKER} says {newest!r}, which is no iteration: convert it to Hugging Face form"
+        )
+    found = Location(path, int(newest) if step is None else step)
+    restore_interrupted(found.folder)
+    if not found.folder.is_dir():
+        there = ", ".join(str(number) for number in saved_iterations(path)) or "none"
+        raise UsageError(f"{flag} {path} has no iteration {found.iteration} (there: {there}); choose with {step_flag}")
+    if not (found.folder / "model.safetensors").is_file():
+        raise UsageError(
+            f"{flag}: {found.folder} has no model.safetensors. A Megatron checkpoint is converted with slime's "
+            f"tools/convert_torch_dist_to_hf.py --input-dir {found.folder} --output-dir OUT --origin-hf-dir HF; "
+            f"then give {flag} OUT"
+        )
+    return found
+
+
+def saved_iterations(path: Path | str) -> list[int]:
+    """Numbers of the iterations in a checkpoint folder, ascending."""
+    if not Path(path).is_dir():
+        return []
+    names = (ITERATION.fullmatch(entry.name) for entry in Path(path).iterdir())
+    return sorted(int(name[1]) for name in names if name)
+
+
+# ---- Reading -----------------------------------------------------------------------------------------------------
+
+
+def read_weights(location: Location, names: list[str], config: object) -> Iterator[tuple[str, "Tensor"]]:
+    """Each named parameter (Megatron name) of `location`, on the CPU. `config` is the HF config of the model.
+
+    Raises UsageError when one is missing.
+    """
+    from safetensors import safe_open
+
+    from slime_local.model import HfWeights, check_hf_folder, read_parameter
+
+    if location.iteration is None:
+        weights = HfWeights(check_hf_folder(location.path))
+        yield from ((name, read_parameter(weights, name, config)) for name in names)
+        return
+    with safe_open(location.folder / "model.safetensors", framework="pt") as file:
+        there = set(file.keys())
+        for name in names:
+            if name not in there:
+                raise UsageError(f"{location} has no parameter {name}: it belongs to another model")
+            yield name, file.get_tensor(name)
+
+
+def read_optimizer(location: Location) -> dict[str, dict[str, "Tensor"]] | None:
+    """Optimizer state by parameter name; None when the checkpoint was made with --no-save-optim."""
+    from safetensors.torch import load_file
+
+    path = location.folder / "optimizer.safetensors"
+    if not path.is_file():
+        return None
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(path).items():
+        name, _, slot = key.rpartition("/")
+        state.setdefault(name, {})[slot] = value
+    return state
+
+
+def read_state(location: Location) -> dict[str, Any]:
+    """The `state` given to `write`."""
+    import torch
+
+    return torch.load(location.folder / "state.pt", map_location="cpu", weights_only=True)
+
+
+# ---- Writing -----------------------------------------------------------------------------------------------------
+
+
+def write(
+    path: Path | str,
+    iteration: int,
+    weights: dict[str, "Tensor"],
+    optimizer: dict[str, dict[str, "Tensor"]] | None,
+    state: dict[str, Any],
+) -> Path:
+    """Write one iteration and point the tracker file at it; returns its folder.
+
+    `state` holds plain values and tensors only. Raises UsageError when it does not, OSError when the disk refuses;
+    what was there before is untouched in both cases.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    folder = iteration_folder(path, iteration)
+    work = folder.with_name(f"{folder.name}.tmp")
+    packed = _pack(state)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        save_file(_contiguous(weights), work / "model.safetensors", metadata={"format": "pt"})
+        if optimizer is not None:
+            flat = {f"{name}/{slot}": value for name, slots in optimizer.items() for slot, value in slots.items()}
+            save_file(_contiguous(flat), work / "optimizer.safetensors")
+        (work / "state.pt").write_bytes(packed)
+        for file in (*work.iterdir(), work):
+            _sync(file)
+        _put_in_place(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    _point_tracker(path, iteration)
+    return folder
+
+
+def _pack(state: dict[str, Any]) -> bytes:
+    """`state` as bytes, read back once: what cannot be read again must not be found out at resume."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise UsageError(f"the state to save holds more than plain values and tensors: {error}") from error
+    return buffer.getvalue()
+
+
+def _contiguous(tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _put_in_place(work: Path, folder: Path) -> None:
+    old = folder.with_name(f"{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(work, folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_interrupted(folder: Path) -> None:
+    """Put an iteration back that a kill caught between its removal and its replacement."""
+    old = folder.with_name(f"{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        os.rename(old, folder)
+
+
+def _point_tracker(path: Path, iteration: int) -> None:
+    work = path / f"{TRACKER}.tmp"
+    work.write_text(str(iteration))
+    _sync(work)
+    os.replace(work, path / TRACKER)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- Random generators -------------------------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, Any]:
+    """State of python's, numpy's and torch's generators, as plain values and tensors."""
+    import numpy
+    import torch
+
+    kind, keys, position, has_gauss, gauss = numpy.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo of `random_state`."""
+    import numpy
+    import torch
+
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

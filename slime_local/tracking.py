@@ -1,0 +1,103 @@
+"""Where metrics go: metrics.jsonl beside the checkpoints, TensorBoard and Weights & Biases when asked for."""
+
+import json
+import math
+import os
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from slime_local.errors import UsageError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker:
+    """Writes numbers to every place that the flags name; slime's flags, slime's places.
+
+    Raises UsageError when one of them is asked for but cannot work (not installed, no folder named).
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.file = Path(args.save) / METRICS_FILE if args.save else None
+        self.tensorboard = _tensorboard(args) if args.use_tensorboard else None
+        self.wandb = _wandb(args) if args.use_wandb else None
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Record `metrics` at `step`. Values that are not numbers are left out."""
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        if self.file is not None:
+            self._append({"step": step, **{name: _json_number(value) for name, value in numbers.items()}})
+        if self.tensorboard is not None:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.flush()
+        if self.wandb is not None:
+            self.wandb.log({**numbers, "step": step})
+
+    def _append(self, row: dict[str, float | None]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _tensorboard(args: Namespace) -> Any:
+    folder = os.environ.get("TENSORBOARD_DIR") or args.tensorboard_dir
+    if not folder and args.tb_project_name:
+        name = args.tb_experiment_name or time.strftime("%Y%m%d_%H%M%S")
+        folder = f"tensorboard_log/{args.tb_project_name}/{name}"
+    if not folder:
+        raise UsageError("--use-tensorboard needs --tensorboard-dir, TENSORBOARD_DIR or --tb-project-name")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError("--use-tensorboard: TensorBoard is not installed (pip install tensorboard)") from error
+    return SummaryWriter(folder)
+
+
+def _wandb(args: Namespace) -> Any:
+    if args.wandb_key is not None:
+        raise UsageError("--wandb-key can be read by anyone on this machine: set WANDB_API_KEY instead")
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError("--use-wandb: Weights & Biases is not installed (pip install wandb)") from error
+    group = args.wandb_group
+    if group and args.wandb_random_suffix:
+        group = f"{group}_{wandb.util.generate_id()}"
+    wandb.init(
+        entity=args.wandb_team,
+        project=args.wandb_project,
+        group=group,
+        name=group,
+        id=args.wandb_run_id,
+        resume="allow" if args.wandb_run_id else None,
+        mode=args.wandb_mode,
+        dir=args.wandb_dir,
+        settings=wandb.Settings(base_url=args.wandb_host) if args.wandb_host else None,
+        config=_plain_settings(args),
+    )
+    wandb.define_metric("step")
+    wandb.define_metric("*", step_metric="step")
+    return wandb
+
+
+def _plain_settings(args: Namespace) -> dict[str, Any]:
+    """The settings without nested values: a YAML's tables may hold keys of services."""
+    secret = ("key", "token", "secret", "password")
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if isinstance(value, str | int | float | bool) and not name.lower().endswith(secret)
+    }
