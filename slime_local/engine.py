@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slime_local.model import Transformer
+from slime_local.model import Transformer, common_prefix
 
 # Copying a shared prefix from another slot pays off above about this many tokens.
 MIN_SHARED_PREFIX = 16
@@ -94,6 +94,11 @@ class Request:
     cached_tokens: int = 0
     aborted: bool = False
     rid: str | None = None
+
+    @property
+    def reading(self) -> bool:
+        """True until the whole prompt has been read."""
+        return len(self.slot.tokens) < len(self.prompt)
 
 
 class Engine:
@@ -222,9 +227,21 @@ class Engine:
                 return False
             for request in [r for r in [*self.waiting, *self.running] if r.aborted]:
                 self._finish(request, {"type": "abort", "message": "aborted"})
-            while self.waiting and (slot := self._free_slot(self.waiting[0].prompt)) is not None:
-                self._start(self.waiting.popleft(), slot)
+            for request in list(self.waiting):
+                if self._worth_waiting(request):
+                    continue
+                slot = self._free_slot(request.prompt)
+                if slot is None:
+                    break
+                self.waiting.remove(request)
+                self._start(request, slot)
             return True
+
+    def _worth_waiting(self, request: Request) -> bool:
+        """True while a running request still reads a prefix that this one shares: soon it can be copied."""
+        ready = max(common_prefix(slot.tokens, request.prompt) for slot in self.slots)
+        coming = max((common_prefix(r.prompt, request.prompt) for r in self.running if r.reading), default=0)
+        return coming >= ready + MIN_SHARED_PREFIX
 
     def _free_slot(self, prompt: list[int]) -> Slot | None:
         """The idle slot sharing the longest prefix with `prompt`; an empty or the oldest one if none shares much."""
@@ -390,18 +407,6 @@ def eos_ids(model: Transformer, tokenizer) -> set[int]:
     ids = model.config.eos_token_id
     listed = ids if isinstance(ids, list | tuple) else [ids]
     return {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
-
-
-def common_prefix(a: list[int], b: list[int], limit: int | None = None) -> int:
-    """Length of the longest common prefix of two lists, at most `limit`."""
-    n = min(len(a), len(b), len(b) if limit is None else limit)
-    if a[:n] == b[:n]:
-        return n
-    low, high = 0, n  # a[:low] equals b[:low], a[:high] does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
-    return low
 
 
 def attend_slots(q: Tensor, keys: Tensor, values: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:

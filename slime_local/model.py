@@ -7,12 +7,14 @@ Parameters carry Megatron's names and layouts (fused QKV per KV group, fused gat
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -164,14 +166,19 @@ class Transformer(nn.Module):
         return angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
 
     def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        """Packed token ids [T] of sequences of `lengths` (sum T) -> final-norm hidden states [T, H]."""
-        positions = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
-        cos, sin = self.rope(positions)
-        x = self.embed(tokens)
+        """Packed token ids [T] of sequences of `lengths` (sum T) -> final-norm hidden states [T, H].
+
+        Prefixes that sequences share are computed once: dialogues share the system prompt, the samples of a group
+        their first turns. The result is that of separate forward passes, gradients included.
+        """
+        shared = share_prefixes(tokens, lengths)
+        cos, sin = self.rope(shared.positions)
+        x = self.embed(shared.tokens)
         for layer in self.decoder.layers:
             q, k, v = layer.self_attention.qkv(x, cos, sin)
-            x = layer.finish(x, attend_packed(q, k, v, lengths))
-        return self.final_norm(x)
+            x = layer.finish(x, attend_paths(q, k, v, shared.paths))
+        x = self.final_norm(x)
+        return x if shared.gather is None else x[shared.gather]
 
     def final_norm(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.decoder.final_layernorm.weight, self.config.rms_norm_eps)
@@ -214,38 +221,100 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Causal attention within each packed sequence: q [T, kv, group, D], k and v [T, kv, D] -> [T, kv * group * D]."""
-    out, start = [], 0
-    for n in lengths:
-        span = slice(start, start + n)
-        out.append(attend_causal(q[span], k[span], v[span]))
-        start += n
+@dataclass
+class SharedPrefixes:
+    """Packed sequences with every shared prefix kept once.
+
+    tokens, positions [U]: the unique tokens, segment after segment; paths: per segment, the spans of `tokens` from
+    the start of the sequence up to and with that segment; gather [T]: where each packed token is found in `tokens`
+    (None when nothing is shared).
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    paths: list[list[slice]]
+    gather: Tensor | None
+
+
+def share_prefixes(tokens: Tensor, lengths: list[int]) -> SharedPrefixes:
+    """The prefix tree of packed sequences: tokens [T], `lengths` with sum T."""
+    if len(lengths) == 1:
+        positions = torch.arange(len(tokens), device=tokens.device)
+        return SharedPrefixes(tokens, positions, [[slice(0, len(tokens))]], None)
+    ids, ends = tokens.tolist(), list(itertools.accumulate(lengths))
+    sequences = [ids[end - n : end] for end, n in zip(ends, lengths, strict=True)]
+    unique: list[int] = []
+    positions: list[int] = []
+    paths: list[list[slice]] = []
+    gather: list[list[int]] = [[] for _ in sequences]
+
+    def grow(members: list[int], depth: int, path: list[slice]) -> None:
+        """Add the longest prefix that `members` (sorted) share beyond `depth`, then each way on from there."""
+        first, last = sequences[members[0]], sequences[members[-1]]
+        end = common_prefix(first, last)
+        if end > depth:
+            path = [*path, slice(len(unique), len(unique) + end - depth)]
+            paths.append(path)
+            unique.extend(first[depth:end])
+            positions.extend(range(depth, end))
+            for member in members:
+                gather[member].extend(range(path[-1].start, path[-1].stop))
+        rest = [member for member in members if len(sequences[member]) > end]
+        for _, branch in itertools.groupby(rest, key=lambda member: sequences[member][end]):
+            grow(list(branch), end, path)
+
+    grow(sorted(range(len(sequences)), key=sequences.__getitem__), 0, [])
+    index = torch.tensor(list(itertools.chain.from_iterable(gather)), device=tokens.device)
+    return SharedPrefixes(tokens.new_tensor(unique), tokens.new_tensor(positions), paths, index)
+
+
+def common_prefix(a: list[int], b: list[int], limit: int | None = None) -> int:
+    """Length of the longest common prefix of two lists, at most `limit`."""
+    n = min(len(a), len(b), len(b) if limit is None else limit)
+    if a[:n] == b[:n]:
+        return n
+    low, high = 0, n  # a[:low] equals b[:low], a[:high] does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
+    return low
+
+
+def attend_paths(q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]]) -> Tensor:
+    """Each segment attends causally over its path: q [U, kv, group, D], k and v [U, kv, D] -> [U, kv * group * D]."""
+    out = []
+    for path in paths:
+        if len(path) == 1:
+            keys, values = k[path[0]], v[path[0]]
+        else:
+            keys, values = torch.cat([k[span] for span in path]), torch.cat([v[span] for span in path])
+        out.append(attend_causal(q[path[-1]], keys, values))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One sequence's causal attention; shapes as in `attend_packed`.
+    """The last n positions of a sequence of m attend causally: q [n, kv, group, D], k and v [m, kv, D] -> [n, -1].
 
     On a CPU the fused kernel's backward was measured several times slower than the plain matrix products,
     which is why training there (up to PLAIN_ATTENTION_MAX tokens) spells them out.
     """
-    n, kv, group, dim = q.shape
-    if q.device.type == "cpu" and q.requires_grad and n <= PLAIN_ATTENTION_MAX:
+    (n, kv, group, dim), m = q.shape, len(k)
+    if q.device.type == "cpu" and q.requires_grad and m <= PLAIN_ATTENTION_MAX:
         return plain_causal(q, k, v)
     q = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
     k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+    mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril_(m - n)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=n == m, enable_gqa=group > 1)
     return out[0].transpose(0, 1).reshape(n, -1)
 
 
 def plain_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attend_causal` as two batched matrix products and a softmax."""
-    n, kv, group, dim = q.shape
+    (n, kv, group, dim), m = q.shape, len(k)
     q = q.permute(1, 2, 0, 3).reshape(kv, group * n, dim) * dim**-0.5
-    future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
-    scores = torch.bmm(q, k.permute(1, 2, 0)).view(kv, group, n, n).masked_fill_(future, float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype).view(kv, group * n, n)
+    future = torch.ones(n, m, dtype=torch.bool, device=q.device).triu_(1 + m - n)
+    scores = torch.bmm(q, k.permute(1, 2, 0)).view(kv, group, n, m).masked_fill_(future, float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype).view(kv, group * n, m)
     out = torch.bmm(weights, v.transpose(0, 1)).view(kv, group, n, dim)
     return out.permute(2, 0, 1, 3).reshape(n, -1)
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from slime_local.engine import Engine, RequestError, SamplingParams, common_prefix, sample
-from slime_local.model import load_model
+from slime_local.engine import Engine, RequestError, SamplingParams, sample
+from slime_local.model import common_prefix, load_model
 from slime_local.server import serve
 
 
@@ -90,6 +90,12 @@ async def test_a_new_episode_starts_from_the_shared_prefix(engine):
     await engine.generate(request([*system, 1, 2, 3]))
     first = await engine.generate(request([*system, 4, 5, 6]))
     assert first["meta_info"]["cached_tokens"] == len(system)
+
+
+async def test_requests_that_arrive_together_read_their_shared_prefix_once(engine):
+    system = list(range(300, 360))
+    answers = await asyncio.gather(*(engine.generate(request([*system, i, i + 1])) for i in range(4)))
+    assert sorted(a["meta_info"]["cached_tokens"] for a in answers) == [0, 60, 60, 60]
 
 
 async def test_a_long_prompt_is_read_in_chunks(model, tokenizer):

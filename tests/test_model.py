@@ -4,10 +4,20 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from slime_local.errors import UsageError
-from slime_local.model import PLAIN_ATTENTION_MAX, attend_causal, check_hf_folder, load_model, plain_causal, save_hf
+from slime_local.model import (
+    PLAIN_ATTENTION_MAX,
+    attend_causal,
+    check_hf_folder,
+    load_model,
+    plain_causal,
+    save_hf,
+    share_prefixes,
+)
 
 SHAPE = {
     "vocab_size": 300,
@@ -50,6 +60,35 @@ def test_hidden_states_and_gradients_equal_those_of_transformers(folder):
     apart.logsumexp(-1).sum().backward()
     ours_grad = ours.embedding.word_embeddings.weight.grad
     torch.testing.assert_close(ours_grad, theirs.model.embed_tokens.weight.grad, atol=1e-3, rtol=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=6))
+def test_shared_prefixes_lose_nothing(sequences):
+    lengths = [len(s) for s in sequences]
+    packed = torch.tensor([t for s in sequences for t in s])
+    shared = share_prefixes(packed, lengths)
+    gather = torch.arange(len(packed)) if shared.gather is None else shared.gather
+    assert torch.equal(shared.tokens[gather], packed)
+    assert torch.equal(shared.positions[gather], torch.cat([torch.arange(n) for n in lengths]))
+    assert len(shared.tokens) == len({tuple(s[:n]) for s in sequences for n in range(1, len(s) + 1)})
+    for path in shared.paths:
+        read = torch.cat([shared.positions[span] for span in path])
+        assert torch.equal(read, torch.arange(len(read)))
+
+
+def test_shared_prefixes_change_neither_hidden_states_nor_gradients(folder):
+    model = load_model(folder, torch.float32, "cpu")
+    a, b = torch.randint(0, 300, (20,)), torch.randint(0, 300, (15,))
+    sequences = [torch.cat([a, b]), a, torch.cat([a, b[:5], a]), b]
+    weight = model.decoder.layers[0].mlp.linear_fc2.weight
+    together = model(torch.cat(sequences), [len(s) for s in sequences])
+    together.square().mean().backward()
+    shared_grad, weight.grad = weight.grad, None
+    apart = torch.cat([model(s, [len(s)]) for s in sequences])
+    apart.square().mean().backward()
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shared_grad, weight.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_saved_folder_is_the_same_model_for_transformers(folder, tmp_path):
