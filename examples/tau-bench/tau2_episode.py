@@ -41,12 +41,19 @@ ALL_TASKS = "full"
 PROMPTS = ("official", "short")
 INVALID_TOOL_CALL = "invalid_tool_call"
 
+# The "short" profile, for models too small for the 5.8k-token policy: this system prompt, and tool results without the
+# fields that the telecom workflow never reads. Everything that is scored stays tau2's own.
 SHORT_TELECOM_PROMPT = (
-    "You are a telecom support agent. Today is 2025-02-25. First look up the customer by phone number. In each turn "
-    "either write to the customer or make one tool call. Ask the customer to check the phone, then to fix only what is "
-    "wrong: service first, then mobile data, then MMS. Confirm the price before refueling data. If you cannot help "
-    "(locked SIM, ended contract), call transfer_to_human_agents, then write: YOU ARE BEING TRANSFERRED TO A HUMAN "
-    "AGENT. PLEASE HOLD ON."
+    "You are a telecom support agent. Today is 2025-02-25. First look up the customer by phone number. Each turn is "
+    "either a message to the customer or one tool call. Ask the customer to check the phone, then to fix only what is "
+    "wrong, then look at the line and its plan. Confirm the price before refueling data. If you cannot help (locked "
+    "SIM, ended contract), call transfer_to_human_agents, then write: YOU ARE BEING TRANSFERRED TO A HUMAN AGENT. "
+    "PLEASE HOLD ON."
+)
+SHORT_DROPS = frozenset(
+    "address payment_methods email date_of_birth created_at account_status last_extension_date "
+    "goodwill_credit_used_this_year device_id last_plan_change_date last_sim_replacement_date suspension_start_date "
+    "period_start period_end issue_date line_items price_per_month".split()
 )
 
 
@@ -613,6 +620,7 @@ class _Run:
     def _tool_result(self, result: Any) -> dict:
         names = {call["id"]: call["function"]["name"] for call in self.episode.messages[-1].get("tool_calls", [])}
         content = self.shown_errors.get(result.id, result.content)
+        content = _short_result(content) if self.config.prompt == "short" else content
         return {"role": "tool", "tool_call_id": result.id, "name": names.get(result.id, ""), "content": content}
 
     def _to_tau2(self, turn: AgentTurn) -> Any:
@@ -697,6 +705,23 @@ class _Run:
             solo_mode=False,
             domain=_fast_domain(self.config.domain),
         )
+
+
+def _short_result(content: str) -> str:
+    """A JSON tool result without the fields in SHORT_DROPS; any other text as it is."""
+    try:
+        value = json.loads(content)
+    except json.JSONDecodeError:
+        return content
+    return json.dumps(_drop_fields(value)) if isinstance(value, (dict, list)) else content
+
+
+def _drop_fields(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_drop_fields(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _drop_fields(item) for key, item in value.items() if key not in SHORT_DROPS}
+    return value
 
 
 def _stop_reason(text: str) -> EndReason:

@@ -24,6 +24,12 @@ TODAY = "2025-02-25"  # the policy's current date
 HANDOVER = "YOU ARE BEING TRANSFERRED TO A HUMAN AGENT. PLEASE HOLD ON."
 REFUEL_GB = 2.0  # the most that the policy allows
 Steps = Generator[AgentTurn, str, Any]
+_CHECKS = {
+    "service": "your network status",
+    "data": "your network status, Data Saver, network mode and VPN",
+    "mms": "your network status, network mode, Wi-Fi calling, messaging permissions and APN settings",
+}
+_TESTS = {"service": [], "data": ["run a speed test"], "mms": ["try an MMS"]}
 
 
 class ScriptedTeacher:
@@ -50,67 +56,67 @@ class ScriptedTeacher:
     def _support(self, opening: str) -> Steps:
         self.opening = opening
         yield from self._identify()
-        solved = yield from self._solve()
-        while not solved:
+        yield from self._solve()
+        while True:
             yield from self._transfer()
 
     def _solve(self) -> Steps:
-        """Path 1, then 2, then 3; True never comes back, because a customer whose problem is solved ends the call."""
-        said = yield from _say("Please check your network status.")
-        if "locked" in said.lower():
-            return False
-        fixes = self._basic_fixes(said.lower())
-        if self._issue == "service":
-            return (yield from self._service(fixes))
-        said = yield from _say(_please([*fixes, self._test]))
-        if "no signal" in said.lower():
-            yield from self._service([])
-        if "no connection" in said.lower():
-            said = yield from self._account()
-        if "no connection" in said.lower():
-            return False
-        return (yield from (self._mms() if self._issue == "mms" else self._slow_data()))
+        """One message with the checks of every path that the issue needs, one with the fixes, then our own side.
 
-    def _basic_fixes(self, status: str) -> list[str]:
-        fixes = []
-        if "airplane mode is on" in status:
-            fixes.append("turn airplane mode off")
-        if "sim is missing" in status:
-            fixes.append("re-seat your SIM card")
-        if self._issue == "service":
-            return fixes
-        if "mobile data is off" in status:
-            fixes.append("turn mobile data on")
-        if "roaming is off" in status and self._abroad:
-            fixes.append("turn roaming on")
-        return fixes
+        Returns when nothing is left to try: a customer whose problem is solved ends the call by itself."""
+        said = (yield from _say(f"Please check {_CHECKS[self._issue]}.")).lower()
+        if "locked" in said:
+            return
+        fixes = self._fixes(said)
+        if fixes or self._issue != "service":
+            said = (yield from _say(_please([*fixes, *self._test]))).lower()
+        if "locked" in said:
+            return
+        if "no signal" in said or self._issue == "service":
+            said = yield from self._service()
+        if "no connection" in said or "mms fails" in said:
+            yield from self._account()
 
-    def _service(self, fixes: list[str]) -> Steps:
-        """Path 1: airplane mode and SIM, APN settings, line suspension."""
-        if fixes:
-            said = yield from _say(_please(fixes))
-            if "locked" in said.lower():
-                return False
-        yield from _say("Please reset your APN settings and restart your phone.")
+    def _fixes(self, report: str) -> list[str]:
+        """What the report shows to be wrong, in the workflow's order."""
+        wrong = [
+            ("airplane mode is on" in report, "turn airplane mode off"),
+            ("sim is missing" in report, "re-seat your SIM card"),
+            ("mobile data is off" in report and self._issue != "service", "turn mobile data on"),
+            ("roaming is off" in report and self._abroad, "turn roaming on"),
+            ("data saver is on" in report, "turn Data Saver off"),
+            (re.search(r"network mode is [23]g", report), "set network mode to 5G"),
+            ("vpn is on" in report, "disconnect the VPN"),
+            ("wi-fi calling is on" in report, "turn Wi-Fi calling off"),
+            ("sms permission is off" in report, "grant the SMS permission"),
+            ("storage permission is off" in report, "grant the storage permission"),
+            ("mmsc is not set" in report, "reset your APN settings"),
+            ("mmsc is not set" in report, "restart your phone"),
+        ]
+        return [fix for is_wrong, fix in wrong if is_wrong]
+
+    def _service(self) -> Steps:
+        """Path 1 beyond airplane mode and SIM: APN settings, then line suspension. Returns the customer's last words."""
+        said = yield from _say(_please(["reset your APN settings", "restart your phone", *self._test]))
+        if "no signal" not in said.lower():
+            return said.lower()
         yield from self._find_line()
-        if self.line["status"] != "Suspended" or self.line["contract_end_date"] < TODAY:
-            return False
-        return (yield from self._lift_suspension())
+        if self.line.get("status") == "Suspended" and self.line["contract_end_date"] >= TODAY:
+            yield from self._lift_suspension()
+        return ""
 
     def _lift_suspension(self) -> Steps:
         """Overdue bill: payment request, payment, check that it is paid, resume the line, restart."""
         bill = yield from self._overdue_bill()
         if bill is None:
-            return False
+            return
         ids = {"customer_id": self.customer["customer_id"]}
         yield from _call("send_payment_request", **ids, bill_id=bill["bill_id"])
         yield from _say(f"I sent a payment request of ${bill['total_due']}. Please check it and pay it.")
         bill = json.loads((yield from _call("get_details_by_id", id=bill["bill_id"])))
-        if bill["status"] != "Paid":
-            return False
-        yield from _call("resume_line", **ids, line_id=self.line["line_id"])
-        yield from _say("Your line is active again. Please restart your phone.")
-        return False
+        if bill["status"] == "Paid":
+            yield from _call("resume_line", **ids, line_id=self.line["line_id"])
+            yield from _say("Your line is active again. Please restart your phone.")
 
     def _overdue_bill(self) -> Steps:
         for bill_id in reversed(self.customer["bill_ids"]):
@@ -120,7 +126,7 @@ class ScriptedTeacher:
         return None
 
     def _account(self) -> Steps:
-        """Path 2.1 on our side: roaming on the line, data usage. Returns what the customer says after a new test."""
+        """Path 2.1 on our side: roaming on the line, then data usage."""
         yield from self._find_line()
         ids = {"customer_id": self.customer["customer_id"], "line_id": self.line["line_id"]}
         if self._abroad and not self.line["roaming_enabled"]:
@@ -130,31 +136,9 @@ class ScriptedTeacher:
             price = REFUEL_GB * plan["data_refueling_price_per_gb"]
             said = yield from _say(f"Your data is used up. May I refuel 2 GB for ${price:.2f}?")
             if not said.lower().startswith("yes"):
-                return "no connection"
+                return
             yield from _call("refuel_data", **ids, gb_amount=REFUEL_GB)
-        return (yield from _say(_please([self._test])))
-
-    def _slow_data(self) -> Steps:
-        """Path 2.2: Data Saver, network mode, VPN."""
-        said = (yield from _say("Please check Data Saver, network mode and VPN.")).lower()
-        fixes = ["turn Data Saver off"] if "data saver is on" in said else []
-        fixes += _network_mode_fix(said)
-        fixes += ["disconnect the VPN"] if "vpn is on" in said else []
-        if fixes:
-            yield from _say(_please([*fixes, self._test]))
-        return False
-
-    def _mms(self) -> Steps:
-        """Path 3: network mode, Wi-Fi calling, permissions, APN."""
-        said = yield from _say("Please check network mode, Wi-Fi calling, messaging permissions and APN settings.")
-        said = said.lower()
-        fixes = _network_mode_fix(said)
-        fixes += ["turn Wi-Fi calling off"] if "wi-fi calling is on" in said else []
-        fixes += [f"grant the {p} permission" for p in ("SMS", "storage") if f"{p.lower()} permission is off" in said]
-        fixes += ["reset your APN settings", "restart your phone"] if "mmsc is not set" in said else []
-        if fixes:
-            yield from _say(_please([*fixes, "try an MMS"]))
-        return False
+        yield from _say(_please(self._test))
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -187,12 +171,8 @@ class ScriptedTeacher:
         return bool(re.search(r"abroad|travel", self.opening))
 
     @property
-    def _test(self) -> str:
-        return "run a speed test and try an MMS" if self._issue == "mms" else "run a speed test"
-
-
-def _network_mode_fix(said: str) -> list[str]:
-    return ["set network mode to 5G"] if re.search(r"network mode is [23]g", said) else []
+    def _test(self) -> list[str]:
+        return _TESTS[self._issue]
 
 
 def _please(actions: list[str]) -> str:
@@ -286,7 +266,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for episode in episodes:
         if args.show and args.show in episode.task_id:
-            print(f"--- {episode.task_id}: {episode.end_reason.value}, reward {episode.reward}\n{transcript(episode)}\n")
+            print(
+                f"--- {episode.task_id}: {episode.end_reason.value}, reward {episode.reward}\n{transcript(episode)}\n"
+            )
     solved = sum(episode.solved for episode in episodes)
     reasons = dict(Counter(episode.end_reason.value for episode in episodes))
     seconds = time.perf_counter() - began

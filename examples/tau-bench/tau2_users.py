@@ -105,7 +105,9 @@ _PHRASES = [
     (r"\b(tak\w+|pull\w*|pop\w*) (your |the )?sim( card)? out[^.;]*?\b(re-?insert|put|insert|place)\w*( it)?( back)?( in)?( again)?", "reseat sim"),
     (r"\b(airplane|flight) mode on[^.;]*?\bthen (turn )?(it )?(back )?off( again)?", "airplane mode off"),
 ]  # fmt: skip
-_RESEAT = re.compile(r"\bre-?seat\w*|\bre-?insert\w*|\bremov\w+|\btake out\b|\bput\b.*\bback\b|\beject\w*|\bre-?install\w*")
+_RESEAT = re.compile(
+    r"\bre-?seat\w*|\bre-?insert\w*|\bremov\w+|\btake out\b|\bput\b.*\bback\b|\beject\w*|\bre-?install\w*"
+)
 _GRANT = re.compile(r"\b(grant|allow|give|add|approve)\w*")
 _RESET = re.compile(r"\b(re-?set|restore)\w*|\bto default\b")
 _PAY = re.compile(r"\bpay\b|\b(make|accept|complete|approve|authori[sz]e)\w*\b.*\bpayment\b|\bmake it\b|\baccept it\b")
@@ -124,7 +126,9 @@ _NEVER = re.compile(r"\b(don't|do not|never|no need to|avoid|without)\b")
 _FIRST_PERSON = re.compile(r"^(so |but |now |first |okay |ok )*(i|we|i'm|i've|i'll|we've|we'll|i'd|let me)\b")
 _TO_YOU = re.compile(r"\b(you to|please|can we|could we|shall we)\b|\?")
 _PRONOUN = re.compile(r"\b(it|that|this|them|those|both|these)\b")
-_TRANSFERRED = re.compile(r"being transferred|have been transferred|(am|are|i'm|we're) transferring you|transferring you (now )?to")
+_TRANSFERRED = re.compile(
+    r"being transferred|have been transferred|(am|are|i'm|we're) transferring you|transferring you (now )?to"
+)
 
 
 @dataclass
@@ -170,7 +174,7 @@ def _sentences(text: str) -> list[str]:
 
 
 def _split_condition(sentence: str) -> tuple[str, str]:
-    """("data saver is on", "turn it off") of "if data saver is on, turn it off" and of "turn it off if ...". """
+    """("data saver is on", "turn it off") of "if data saver is on, turn it off" and of "turn it off if ..."."""
     if _ASKS_WHETHER.search(sentence) or " if " not in f" {sentence}":
         return "", sentence
     before, _, after = f" {sentence} ".partition(" if ")
@@ -524,7 +528,9 @@ class ScriptedCustomer:
     def _reads(self, requests: list[Request]) -> list[Call]:
         """Looks at every setting that decides what is to be done: a switch is never toggled blindly."""
         topics = [r.topic for r in requests if r.topic in _TOGGLES and r.action != "check"]
-        topics += [t for r in requests for t in _topics(r.condition) if t in _CHECK_TOOLS and t not in ("speed", "mms")]
+        topics += [
+            t for r in requests for t in _topics(r.condition) if t in _CHECK_TOOLS and t not in ("speed", "mms")
+        ]
         if any(r.key == ("payment", "do") for r in requests):
             topics.append("payment")
         return _unique([_check_call(topic) for topic in topics])
@@ -661,7 +667,9 @@ class ScriptedCustomer:
     def _say_result(self, topic: str) -> str:
         facts = self.facts
         if topic == "sim":
-            return "SIM is " + facts.get("sim", "").replace("locked_pin", "locked with PIN").replace("locked_puk", "locked with PUK")
+            return "SIM is " + facts.get("sim", "").replace("locked_pin", "locked with PIN").replace(
+                "locked_puk", "locked with PUK"
+            )
         if topic == "mode":
             return "network mode is " + _mode_name(facts.get("mode", ""))
         if topic == "speed":
@@ -669,7 +677,11 @@ class ScriptedCustomer:
         if topic == "mms":
             return "MMS works" if facts.get("mms") == "yes" else self._still("mms", "MMS fails")
         if topic == "payment":
-            return f"I have a payment request for {facts['request']} USD" if facts.get("request") else "no payment request"
+            return (
+                f"I have a payment request for {facts['request']} USD"
+                if facts.get("request")
+                else "no payment request"
+            )
         return f"my apps: {facts.get('apps')}" if topic == "apps" else ""
 
     def _say_about_me(self, topic: str) -> str:
@@ -762,7 +774,9 @@ def _speed_words(speed: str) -> str:
 
 
 def _is_outcome(condition: str) -> bool:
-    return bool(re.search(r"\b(still|doesn't|does not|not work\w*|fails?|persists?|no luck|didn't|unresolved)\b", condition))
+    return bool(
+        re.search(r"\b(still|doesn't|does not|not work\w*|fails?|persists?|no luck|didn't|unresolved)\b", condition)
+    )
 
 
 def _unique(calls: list[Call]) -> list[Call]:
