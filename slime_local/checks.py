@@ -1,0 +1,377 @@
+"""What a careful colleague sees in a command before it runs: files, folders, plug-ins, batches, memory, ports.
+
+Nothing here loads a model. Every problem found becomes one line of one UsageError.
+"""
+
+import json
+import os
+import re
+import socket
+import struct
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from slime_local.checkpoint import find_start, saved_iterations
+from slime_local.data import read_numbered_rows, row_tools, split_slice
+from slime_local.errors import UsageError
+from slime_local.flags import MODEL_SHAPE, load_flags
+from slime_local.hf_folder import check_hf_folder, weight_files
+from slime_local.plugins import EQUIVALENTS, SFT_ROLLOUT, load_function
+
+PLUGIN_FLAGS = (
+    "rollout_function_path",
+    "eval_function_path",
+    "data_source_path",
+    "custom_generate_function_path",
+    "custom_rm_path",
+    "custom_reward_post_process_path",
+    "custom_convert_samples_to_train_data_path",
+    "custom_rollout_log_function_path",
+    "custom_eval_rollout_log_function_path",
+    "custom_tis_function_path",
+    "custom_pg_loss_reducer_function_path",
+    "dynamic_sampling_filter_path",
+    "rollout_sample_filter_path",
+    "rollout_all_samples_process_path",
+)
+# Besides weights, gradients and moments: interpreter, libraries, activations of one small forward pass.
+WORKING_MEMORY = 1.0e9
+ITERATION_FOLDER = re.compile(r"iter_\d{7,}")
+
+
+def check(args: Namespace, host: str) -> None:
+    """Raise UsageError with one line for each problem of the command on `host` ("local" or "slime")."""
+    quick = [
+        _check_folders,
+        _check_iteration_folders,
+        _check_batches,
+        _check_sft,
+        _check_policy,
+        _check_data,
+        _check_model_shape,
+    ]
+    local = [_check_start, _check_overwriting, _check_port, _check_memory]
+    _run_checks(args, [*quick, *(local if host == "local" else [])])
+    _run_checks(args, [_check_plugins if host == "local" else _check_plugins_for_slime])
+
+
+def _run_checks(args: Namespace, checks: list[Callable[[Namespace], None]]) -> None:
+    lines: list[str] = []
+    for one in checks:
+        try:
+            one(args)
+        except UsageError as error:
+            lines += [line for line in str(error).splitlines() if line not in lines]
+    if lines:
+        raise UsageError("\n".join(lines))
+
+
+# ---- Folders -------------------------------------------------------------------------------------------------
+
+
+def _check_folders(args: Namespace) -> None:
+    if args.hf_checkpoint is None:
+        raise UsageError("--hf-checkpoint is missing: the HF folder of the model")
+    check_hf_folder(args.hf_checkpoint)
+
+
+def _check_iteration_folders(args: Namespace) -> None:
+    """slime looks for a checkpoint inside --load, finds none in an iteration's own folder, and starts elsewhere."""
+    lines = []
+    for flag, value, step_flag in _checkpoint_folders(args):
+        name = Path(value).name
+        if ITERATION_FOLDER.fullmatch(name):
+            step = int(name.removeprefix("iter_"))
+            lines.append(
+                f"{flag} {value} is one iteration's folder: give {flag} {Path(value).parent} {step_flag} {step}"
+            )
+    if lines:
+        raise UsageError("\n".join(lines))
+
+
+def _checkpoint_folders(args: Namespace) -> list[tuple[str, str, str]]:
+    folders = [("--load", args.load, "--ckpt-step"), ("--ref-load", args.ref_load, "--ref-ckpt-step")]
+    return [folder for folder in folders if folder[1]]
+
+
+def _check_start(args: Namespace) -> None:
+    if args.hf_checkpoint is not None and not args.debug_rollout_only:
+        find_start(args)
+
+
+def _check_overwriting(args: Namespace) -> None:
+    """A new run must not write over the checkpoints of another one."""
+    there = saved_iterations(args.save) if args.save else []
+    resumes = args.load is not None and os.path.realpath(args.load) == os.path.realpath(args.save or "")
+    if there and not resumes:
+        raise UsageError(
+            f"--save {args.save} already holds iteration {there[-1]}: add --load {args.save} to continue that run, "
+            "or save to another folder"
+        )
+
+
+# ---- Flags against each other --------------------------------------------------------------------------------
+
+
+def _check_batches(args: Namespace) -> None:
+    samples = args.rollout_batch_size * args.n_samples_per_prompt
+    if args.global_batch_size < 1 or samples % args.global_batch_size:
+        raise UsageError(
+            f"a rollout has {args.rollout_batch_size} x {args.n_samples_per_prompt} = {samples} samples, which is not "
+            f"a multiple of --global-batch-size {args.global_batch_size}: the rest would be dropped"
+        )
+
+
+def _check_sft(args: Namespace) -> None:
+    if args.rollout_function_path != SFT_ROLLOUT:
+        return
+    if args.loss_type != "sft_loss":
+        raise UsageError(f"the SFT rollout with --loss-type {args.loss_type} trains nothing: add --loss-type sft_loss")
+    if args.n_samples_per_prompt != 1:
+        raise UsageError(f"SFT takes each dialogue once: --n-samples-per-prompt is {args.n_samples_per_prompt}, not 1")
+    if args.apply_chat_template:
+        raise UsageError("the SFT rollout renders the messages itself: leave out --apply-chat-template")
+
+
+def _check_policy(args: Namespace) -> None:
+    if args.debug_train_only or args.rollout_function_path == SFT_ROLLOUT or args.loss_type == "sft_loss":
+        return
+    rewards = (args.custom_generate_function_path, args.custom_rm_path, args.rm_type)
+    if args.rollout_function_path in EQUIVALENTS and not any(rewards):
+        raise UsageError("nothing sets a reward: add --custom-generate-function-path or --custom-rm-path")
+    if args.rollout_max_response_len is None:
+        raise UsageError("--rollout-max-response-len is missing: how many tokens a response may have")
+    shaped = args.custom_reward_post_process_path or not args.rewards_normalization
+    if args.n_samples_per_prompt == 1 and args.advantage_estimator in ("grpo", "gspo", "cispo") and not shaped:
+        raise UsageError("with --n-samples-per-prompt 1 every group-normalised advantage is 0: sample several")
+    if args.rollout_top_p != 1.0 and not args.debug_rollout_only:
+        raise UsageError("--rollout-top-p must be 1.0 in training: the trainer's log-probs are over all tokens")
+
+
+# ---- Data ----------------------------------------------------------------------------------------------------
+
+
+def _check_data(args: Namespace) -> None:
+    if args.load_debug_rollout_data or not args.rollout_global_dataset:
+        return
+    if args.prompt_data is None:
+        raise UsageError("--prompt-data is missing: the file with the prompts")
+    sft = args.rollout_function_path == SFT_ROLLOUT
+    for number, row in read_numbered_rows(args.prompt_data):
+        where = f"--prompt-data {split_slice(args.prompt_data)[0]} line {number}"
+        _check_row(where, row, args.input_key, "--input-key", args.label_key, args)
+        if sft:
+            _check_dialogue(where, row[args.input_key])
+    for dataset in args.eval_datasets:
+        for number, row in read_numbered_rows(dataset.path):
+            where = f"--eval-prompt-data {split_slice(dataset.path)[0]} line {number}"
+            _check_row(where, row, dataset.input_key, "--eval-input-key", dataset.label_key, args)
+
+
+def _check_row(where: str, row: dict[str, Any], key: str, flag: str, label_key: str | None, args: Namespace) -> None:
+    if row.get(key) is None:
+        raise UsageError(f"{where} has no {key!r}: choose with {flag} among {', '.join(row) or 'nothing'}")
+    if label_key is not None and label_key not in row:
+        raise UsageError(f"{where} has no {label_key!r} (the label key): it has {', '.join(row)}")
+    if not isinstance(row.get(args.metadata_key) or {}, dict):
+        raise UsageError(f"{where}: {args.metadata_key!r} is not an object")
+    if args.apply_chat_template and not isinstance(row[key], str | list):
+        raise UsageError(f"{where}: {key!r} is neither text nor messages, so --apply-chat-template cannot render it")
+    try:
+        row_tools(row, args.tool_key)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def _check_dialogue(where: str, messages: Any) -> None:
+    is_list = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m for m in messages)
+    if not is_list:
+        raise UsageError(f"{where}: SFT needs a list of messages with roles")
+    if not any(m["role"] == "assistant" and m.get("step_loss_mask", 1) == 1 for m in messages):
+        raise UsageError(f"{where}: no assistant turn to train")
+
+
+# ---- Model ---------------------------------------------------------------------------------------------------
+
+
+def _check_model_shape(args: Namespace) -> None:
+    """MODEL_ARGS against the HF config: only what was given, for both hosts."""
+    path = Path(args.hf_checkpoint or "") / "config.json"
+    if not path.is_file():
+        return  # _check_folders says so
+    config = json.loads(path.read_text(encoding="utf-8"))
+    dests = {flag.name: flag.dest for flag in load_flags()}
+    lines = []
+    for flag, key in MODEL_SHAPE.items():
+        given = getattr(args, dests[flag])
+        expected = _config_value(config, key)
+        if flag == "--untie-embeddings-and-output-weights":
+            expected = None if expected is None else not expected
+        if flag in args.given_flags and expected is not None and given != expected:
+            lines.append(
+                f"{flag} {given} does not fit {args.hf_checkpoint}, whose {key} is {_config_value(config, key)}"
+            )
+    if lines:
+        raise UsageError("\n".join(lines))
+
+
+def _config_value(config: dict[str, Any], key: str) -> Any:
+    if key == "rope_theta":
+        return (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
+    return config.get(key)
+
+
+# ---- Memory --------------------------------------------------------------------------------------------------
+
+
+def _check_memory(args: Namespace) -> None:
+    if not os.path.isdir(args.hf_checkpoint or ""):
+        return  # _check_folders says so
+    needed, free = memory_needed(args), memory_free()
+    if free is not None and needed > free:
+        raise UsageError(
+            f"too little memory: training {args.hf_checkpoint} needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB "
+            "are free; freeze layers with --freeze-params-name-list or take a smaller model"
+        )
+
+
+def memory_needed(args: Namespace) -> float:
+    """Bytes, estimated from the headers of the safetensors files: fp32 weights, a compute copy, gradients, moments."""
+    weights = trained = 0
+    for name, count in parameter_counts(Path(args.hf_checkpoint)):
+        weights += count
+        trained += count if _is_trained(args, megatron_name(name)) else 0
+    training = 0 if args.debug_rollout_only else 4 * 3 * trained
+    reference = 4 * trained if args.use_kl_loss or args.kl_coef else 0
+    return 4 * weights + 2 * weights + training + reference + WORKING_MEMORY
+
+
+def parameter_counts(folder: Path) -> Iterator[tuple[str, int]]:
+    """(HF name, number of values) of every tensor in the folder's safetensors files."""
+    for file in weight_files(folder):
+        with (folder / file).open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                size = 1
+                for dimension in tensor["shape"]:
+                    size *= dimension
+                yield name, size
+
+
+def megatron_name(name: str) -> str:
+    """The Megatron name that holds an HF tensor, as far as the freezing flags need it."""
+    name = name.removeprefix("model.").replace("layers.", "decoder.layers.", 1)
+    name = re.sub(r"self_attn\.[qkv]_proj\.", "self_attention.linear_qkv.", name)
+    name = name.replace("self_attn.o_proj.", "self_attention.linear_proj.").replace("self_attn.", "self_attention.")
+    name = re.sub(r"mlp\.(gate|up)_proj\.", "mlp.linear_fc1.", name).replace("mlp.down_proj.", "mlp.linear_fc2.")
+    name = name.replace("embed_tokens.", "embedding.word_embeddings.").replace("lm_head.", "output_layer.")
+    return name if name.startswith(("decoder.", "embedding.", "output_layer.")) else f"decoder.final_layernorm.{name}"
+
+
+def _is_trained(args: Namespace, name: str) -> bool:
+    if args.only_train_params_name_list:
+        return any(re.search(pattern, name) for pattern in args.only_train_params_name_list)
+    return not any(re.search(pattern, name) for pattern in args.freeze_params_name_list or [])
+
+
+def memory_free() -> int | None:
+    """Bytes that this process may still take: on the GPU where there is one, else here; None where unknown."""
+    if os.path.exists("/dev/nvidia0"):
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.mem_get_info()[0]
+    limits = [value for value in (_meminfo_available(), _cgroup_available()) if value is not None]
+    return min(limits) if limits else None
+
+
+def _meminfo_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _cgroup_available() -> int | None:
+    """What a container's limit leaves, page cache that can go counted as free."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return int(limit) - used + int(stat.get("inactive_file", 0)) if limit.isdigit() else None
+
+
+# ---- Port ----------------------------------------------------------------------------------------------------
+
+
+def _check_port(args: Namespace) -> None:
+    if args.sglang_router_port is None or args.debug_train_only:
+        return
+    host = args.sglang_router_ip or "127.0.0.1"
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, args.sglang_router_port))
+        except OSError as error:
+            raise UsageError(
+                f"port {args.sglang_router_port} on {host} cannot be used ({error.strerror}): choose another with "
+                "--sglang-router-port, or leave it out"
+            ) from error
+
+
+# ---- Plug-ins ------------------------------------------------------------------------------------------------
+
+
+def _check_plugins(args: Namespace) -> None:
+    lines = []
+    for flag, path in plugin_paths(args):
+        try:
+            _ask_module(args, load_function(path).__module__)
+        except UsageError as error:
+            lines.append(f"{flag} {error}")
+    if lines:
+        raise UsageError("\n".join(lines))
+
+
+def _check_plugins_for_slime(args: Namespace) -> None:
+    """As above, without slime's own functions where slime is not installed."""
+    others = Namespace(**vars(args))
+    for flag, path in plugin_paths(args):
+        if path.startswith("slime.") and find_spec("slime") is None:
+            setattr(others, flag.removeprefix("--").replace("-", "_"), None)
+    _check_plugins(others)
+
+
+def plugin_paths(args: Namespace) -> list[tuple[str, str]]:
+    """(flag, dotted path) of every plug-in that the command names."""
+    found = [(f"--{name.replace('_', '-')}", getattr(args, name)) for name in PLUGIN_FLAGS]
+    found += [("--rollout-sample-hook-path", path) for path in args.rollout_sample_hook_path or []]
+    for dataset in args.eval_datasets:
+        found.append(("--eval-config custom_generate_function_path", dataset.custom_generate_function_path))
+    return [(flag, path) for flag, path in found if path]
+
+
+def _ask_module(args: Namespace, module_name: str) -> None:
+    """A plug-in module may have a `check_args(args)` that raises, with a message for the user."""
+    ask = getattr(sys.modules[module_name], "check_args", None)
+    message = _answer(ask, args) if callable(ask) and not module_name.startswith("slime_local") else None
+    if message:
+        raise UsageError(f"{module_name}: {message}")
+
+
+def _answer(ask: Callable[[Namespace], None], args: Namespace) -> str | None:
+    try:
+        ask(args)
+    except Exception as error:  # whatever class the plug-in raises, its words are for the user
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
