@@ -97,6 +97,15 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
         raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def check_folder(folder: Path) -> None:
+    """Raises BadInput when files cannot be made in `folder`, which need not exist yet. Creates nothing."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise BadInput(f"{nearest} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise BadInput(f"no permission to write in {nearest}")
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSONL file. Raises BadInput when it is missing or empty or has a broken line (its number)."""
     try:
@@ -170,8 +179,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        if args.local_dir.exists() and not args.local_dir.is_dir():
-            raise BadInput(f"--local_dir {args.local_dir} is a file, not a folder")
+        check_folder(args.local_dir)
         check_splits(args.domain, args.splits)
         for split in args.splits:
             tasks = tasks_of(args.domain, split, args.min_distance)

@@ -1,0 +1,388 @@
+"""Stage 2 data: SFT rows from teacher episodes that earned tau2's official reward of 1.0.
+
+    python examples/tau-bench/teacher_traces.py --local_dir data
+
+runs the scripted teacher with the scripted customer on the tasks of data/telecom_train_tasks.jsonl (tau2_mock.py
+writes them) and writes data/teacher_traces.jsonl in the form that slime's SFT rollout reads with `--input-key prompt
+--tool-key tools`:
+
+    {"prompt": [messages with structured tool_calls], "tools": [OpenAI schemas], "metadata": {"task_id", ...}}
+
+tau2's fixed greeting carries "step_loss_mask": 0: the model never writes it. The same flags give the same bytes.
+
+    --from-hub-file blended_traces_v4.jsonl    (or --from-hub, where the hub can be reached)
+
+converts the original example's data set instead. Its assistant turns are `<thinking>...</thinking>` and one JSON
+object {"name", "arguments"} as text; they become tool calls or text turns, and the row's system prompt, which asks
+for that dialect, becomes this project's. The data set holds no rewards, so these rows have "reward": null. Rows of
+test tasks and rows that cannot be converted are dropped; the reasons are counted and printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tau2_episode import (
+    PROMPTS,
+    BadInput,
+    Episode,
+    EpisodeConfig,
+    agent_tools,
+    issue_type,
+    load_split_ids,
+    run_episode,
+    system_prompt,
+)
+from tau2_mock import check_folder, read_jsonl, read_task_rows, write_jsonl
+from tau2_teacher import ScriptedTeacher
+
+HUB_REPO = "Jarrodbarnes/tau2-sft-v4-dataset"
+HUB_FILE = "blended_traces_v4.jsonl"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From episodes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_tasks(rows: list[dict], count: int, balance: bool, seed: int) -> list[dict]:
+    """`count` task rows in a seeded order that uses every task once before any twice; with `balance`, issue types in
+    turn, so that each is drawn equally often however many tasks it has."""
+    rng = random.Random(seed)
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(issue_type(row["task"]["id"]) if balance else "all", []).append(row)
+    decks = [_deal(groups[kind], rng) for kind in sorted(groups)]
+    return [next(deck) for deck in itertools.islice(itertools.cycle(decks), count)]
+
+
+def _deal(rows: list[dict], rng: random.Random) -> Iterator[dict]:
+    while True:
+        yield from rng.sample(rows, len(rows))
+
+
+async def run_teacher(draws: list[dict], config: EpisodeConfig, seed: int, max_concurrency: int) -> list[Episode]:
+    """One episode per drawn task, in the order of `draws`; the n-th has the seed `seed` + n."""
+    free = asyncio.Semaphore(max_concurrency)
+
+    async def run(number: int, row: dict) -> Episode:
+        async with free:
+            episode = await run_episode(row["task"], ScriptedTeacher(), config, seed + number)
+        progress.advance()
+        return episode
+
+    with Progress(len(draws)) as progress:
+        return await asyncio.gather(*(run(number, row) for number, row in enumerate(draws)))
+
+
+class Progress:
+    """How many episodes are done: a bar on a terminal, in a log a line every 20 seconds."""
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, desc="episodes", disable=None, leave=False)
+        self.done, self.total, self.last_line = 0, total, time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def advance(self) -> None:
+        self.done += 1
+        self.bar.update()
+        if self.bar.disable and time.monotonic() - self.last_line > 20:
+            self.last_line = time.monotonic()
+            print(f"{self.done}/{self.total} episodes", file=sys.stderr, flush=True)
+
+
+def make_row(episode: Episode, source: dict, config: EpisodeConfig) -> dict:
+    """The SFT row of a solved episode; `source` is the metadata of its task row."""
+    greeting = {**episode.messages[1], "step_loss_mask": 0}
+    metadata = {
+        "task_id": episode.task_id,
+        "domain": config.domain,
+        "split": source.get("split"),
+        "reward": episode.reward,
+        "prompt": episode.prompt,
+        "user": episode.user,
+        "seed": episode.seed,
+        "redraw_ids": config.redraw_ids,
+    }
+    messages = [episode.messages[0], greeting, *episode.messages[2:]]
+    return {"prompt": messages, "tools": agent_tools(config.domain), "metadata": metadata}
+
+
+def refuse_test_tasks(domain: str, rows: list[dict]) -> None:
+    """Raises BadInput when a row is one of the domain's test tasks."""
+    held_out = set(load_split_ids(domain)["test"])
+    found = [row["task"]["id"] for row in rows if row["task"]["id"] in held_out]
+    if found:
+        raise BadInput(f"{len(found)} of the tasks are official test tasks, e.g. {found[0]}: train on other splits")
+
+
+def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter]:
+    """SFT rows of solved episodes, and how many were dropped for which reason."""
+    sources = [row for path in args.tasks for row in read_task_rows(path)]
+    refuse_test_tasks(args.domain, sources)
+    config = EpisodeConfig(args.domain, args.prompt, args.user, args.user_args, redraw_ids=args.redraw_ids)
+    config.validate()
+    draws = draw_tasks(sources, args.num_traces or args.epochs * len(sources), args.balance, args.seed)
+    episodes = asyncio.run(run_teacher(draws, config, args.seed, args.max_concurrency))
+    dropped = Counter(f"not solved, {e.end_reason.value}" for e in episodes if not e.solved)
+    return [make_row(e, d, config) for e, d in zip(episodes, draws, strict=True) if e.solved], dropped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the original example's data set
+# ---------------------------------------------------------------------------------------------------------------------
+
+THINKING = re.compile(r"<think(?:ing)?>(.*?)</think(?:ing)?>", re.DOTALL)
+CALL = re.compile(r'\{\s*"name"\s*:')
+# Pseudo-tools that stand for writing to the customer, and the arguments that hold the text.
+RESPOND_TOOLS = {"respond", "respond_to_user", "reply", "message", "send_message", "send_message_to_user", "say"}
+RESPOND_KEYS = ("content", "message", "text", "response")
+
+
+class Dropped(Exception):
+    """A row that cannot be used; the message is the reason that is counted."""
+
+
+def convert_hub_row(row: dict, args: argparse.Namespace) -> dict:
+    """The SFT row of one row of the data set. Raises Dropped."""
+    domain, _, rest = str(row.get("task_id", "")).removeprefix("[").partition("]")
+    if domain != args.domain:
+        raise Dropped("other domain")
+    task_id, split = _official_task(domain, rest)
+    tools = agent_tools(domain)
+    messages = convert_dialogue(row.get("prompt"), {tool["function"]["name"] for tool in tools}, args.keep_thinking)
+    opening = [{"role": "system", "content": system_prompt(domain, args.prompt)}, _greeting()]
+    metadata = {
+        "task_id": task_id,
+        "domain": domain,
+        "split": split,
+        "reward": None,
+        "prompt": args.prompt,
+        "user": {"kind": "unknown"},
+        "source": HUB_REPO,
+    }
+    return {"prompt": opening + messages, "tools": tools, "metadata": metadata}
+
+
+def _official_task(domain: str, rest: str) -> tuple[str, str]:
+    """(tau2's task id, its split) for the part of the data set's task id behind the domain."""
+    known = load_split_ids(domain)
+    plain = re.sub(r"\[sample_\d+\]$", "", rest)
+    numbers = re.fullmatch(r"\[(?:task_)?(\d+)\]", plain)
+    task_id = numbers[1] if numbers else plain
+    if task_id in known["test"]:
+        raise Dropped("test task")
+    if task_id not in known["full"]:
+        raise Dropped("unknown task")
+    return task_id, "train" if task_id in known["train"] else "full"
+
+
+def _greeting() -> dict:
+    from tau2.orchestrator.orchestrator import DEFAULT_FIRST_AGENT_MESSAGE
+
+    return {"role": "assistant", "content": DEFAULT_FIRST_AGENT_MESSAGE.content, "step_loss_mask": 0}
+
+
+def convert_dialogue(messages: Any, tool_names: set[str], keep_thinking: bool = False) -> list[dict]:
+    """The dialogue from the customer's first message to the agent's last turn, in OpenAI form. Raises Dropped.
+
+    A text of the agent before the customer speaks is left out: that is tau2's greeting."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise Dropped("no message list")
+    converted: list[dict] = []
+    open_calls: list[dict] = []
+    for message in messages:
+        role, content = message["role"], message.get("content") or ""
+        if role == "assistant":
+            _expect(not open_calls, "tool call without result")
+            turn = convert_turn(content, tool_names, len(converted), keep_thinking)
+            open_calls = list(turn.get("tool_calls", []))
+            if converted or open_calls:
+                converted.append(turn)
+        elif role == "tool" and open_calls:
+            call = open_calls.pop(0)
+            converted.append(
+                {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": content}
+            )
+        elif role == "user" or (role == "tool" and message.get("name") in RESPOND_TOOLS):
+            _expect(not open_calls, "tool call without result")
+            converted.append({"role": "user", "content": content})
+        else:
+            _expect(role == "system", "tool result without call")
+    while converted and converted[-1]["role"] != "assistant":
+        converted.pop()
+    _expect(bool(converted), "no agent turn")
+    _expect(converted[0]["role"] == "user", "agent acts before the customer speaks")
+    return converted
+
+
+def _expect(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise Dropped(otherwise)
+
+
+def convert_turn(text: str, tool_names: set[str], number: int, keep_thinking: bool = False) -> dict:
+    """One assistant turn in the data set's dialect as an OpenAI message. Raises Dropped.
+
+    Text beside a tool call is left out: tau2 delivers it to nobody."""
+    thoughts = "\n".join(thought.strip() for thought in THINKING.findall(text))
+    body = THINKING.sub("", text).strip()
+    turn = {"role": "assistant", **_text_or_call(body, tool_names, number)}
+    return {**turn, "reasoning_content": thoughts} if keep_thinking and thoughts else turn
+
+
+def _text_or_call(body: str, tool_names: set[str], number: int) -> dict:
+    _expect(bool(body), "empty turn")
+    start = CALL.search(body)
+    if start is None:
+        _expect(not body.startswith("{") and "<thinking>" not in body, "broken turn")
+        return {"content": body}
+    try:
+        action, end = json.JSONDecoder().raw_decode(body, start.start())
+    except ValueError as error:
+        raise Dropped("broken JSON in a turn") from error
+    _expect(CALL.search(body, end) is None, "several calls in a turn")
+    name, arguments = action["name"], _arguments(action.get("arguments"))
+    if name in RESPOND_TOOLS:
+        said = next((arguments[key] for key in RESPOND_KEYS if arguments.get(key)), None)
+        _expect(isinstance(said, str), "empty turn")
+        return {"content": said}
+    _expect(name in tool_names, "unknown tool")
+    call = {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"content": "", "tool_calls": [call]}
+
+
+def _arguments(value: Any) -> dict:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "{}")
+        except ValueError as error:
+            raise Dropped("broken JSON in a turn") from error
+    value = {} if value is None else value
+    _expect(isinstance(value, dict), "arguments are no object")
+    return value
+
+
+def download_hub_file() -> Path:
+    """The data set's file, from the local hub cache or the hub. Raises BadInput where neither has it."""
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(HUB_REPO, HUB_FILE, repo_type="dataset", etag_timeout=5))
+    except ImportError as error:
+        raise BadInput("--from-hub needs huggingface_hub: pip install huggingface_hub") from error
+    except Exception as error:  # the hub's own errors, and those of the HTTP client beneath it
+        raise BadInput(
+            f"cannot get {HUB_FILE} of the data set {HUB_REPO} from the hub ({type(error).__name__}); "
+            "download it elsewhere and pass it with --from-hub-file"
+        ) from error
+
+
+def traces_from_hub(args: argparse.Namespace) -> tuple[list[dict], Counter]:
+    """Converted rows of the data set, and how many were dropped for which reason."""
+    source = read_jsonl(args.from_hub_file or download_hub_file())
+    load_split_ids(args.domain)  # an unknown domain is an error, not 219 dropped rows
+    EpisodeConfig(args.domain, args.prompt, user="unknown").validate()
+    rows, dropped = [], Counter()
+    for row in source:
+        try:
+            rows.append(convert_hub_row(row, args))
+        except Dropped as reason:
+            dropped[str(reason)] += 1
+    return rows, dropped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def json_object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError(text)
+    return value
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Write SFT rows from solved teacher episodes or from the hub data set."
+    )
+    add = parser.add_argument
+    add("--local_dir", "--local-dir", type=Path, required=True, help="folder with the task files, and for the rows")
+    add("--output", type=Path, help="file for the rows (default: LOCAL_DIR/teacher_traces.jsonl)")
+    add("--domain", default="telecom")
+    add("--prompt", choices=PROMPTS, default="official", help="system prompt profile (default: official)")
+    add("--tasks", type=Path, nargs="+", help="files of tau2_mock.py (default: LOCAL_DIR/telecom_train_tasks.jsonl)")
+    add("--num-traces", type=positive, help="episodes to run; those that fail are dropped (default: EPOCHS x tasks)")
+    add("--epochs", type=positive, default=1, help="episodes per task (default: 1)")
+    add("--balance", action="store_true", help="draw the issue types equally often")
+    add("--redraw-ids", action="store_true", help="draw names, phone numbers and ids anew in each episode")
+    add("--seed", type=int, default=0)
+    add("--user", default="scripted", help="scripted, or a litellm model name (default: scripted)")
+    add("--user-args", type=json_object, default={}, help="JSON object of litellm arguments for --user")
+    add("--max-concurrency", type=positive, default=16, help="episodes at a time (default: 16)")
+    hub = parser.add_mutually_exclusive_group()
+    hub.add_argument("--from-hub-file", type=Path, help=f"convert this copy of {HUB_FILE}")
+    hub.add_argument("--from-hub", action="store_true", help=f"convert {HUB_REPO} from the hub")
+    add("--keep-thinking", action="store_true", help="hub rows: keep the thoughts, as reasoning_content")
+    args = parser.parse_args(argv)
+    args.tasks = args.tasks or [args.local_dir / f"{args.domain}_train_tasks.jsonl"]
+    args.output = args.output or args.local_dir / "teacher_traces.jsonl"
+    return args
+
+
+def report(path: Path, rows: list[dict], dropped: Counter) -> None:
+    """What was kept and what was dropped, by kind."""
+    kinds = Counter(issue_type(row["metadata"]["task_id"]) for row in rows)
+    turns = sorted(sum(m["role"] == "assistant" for m in row["prompt"]) - 1 for row in rows)
+    print(f"{path}: {len(rows)} rows ({_counts(kinds)}), {turns[len(turns) // 2]} agent turns in the median")
+    print(f"dropped: {_counts(dropped) or 'none'}")
+
+
+def _counts(counter: Counter) -> str:
+    return ", ".join(f"{count} {what}" for what, count in sorted(counter.items()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        check_folder(args.output.parent)
+        from_hub = args.from_hub or args.from_hub_file
+        rows, dropped = traces_from_hub(args) if from_hub else traces_from_episodes(args)
+        if not rows:
+            raise BadInput(f"no row is left to write (dropped: {_counts(dropped)})")
+        write_jsonl(args.output, rows)
+        report(args.output, rows, dropped)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
