@@ -38,6 +38,9 @@ check_python() {
 }
 
 make_venv() {
+    if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ ! -e "$broken_file" ]; then
+        fail "$venv holds something that is no virtual environment: move it away, or set TAU2_VENV to another folder"
+    fi
     if [ -e "$broken_file" ] || ! "$venv/bin/python" -c "import pip" 2>/dev/null; then
         "$python" -m venv --clear "$venv"
     fi
@@ -46,7 +49,7 @@ make_venv() {
 }
 
 pip_install() {
-    local quiet=(--quiet)
+    local quiet=(-q -q)
     [ -t 1 ] && quiet=()
     "$venv/bin/python" -m pip install "${quiet[@]}" --disable-pip-version-check --no-input --prefer-binary "$@" ||
         fail "pip could not install $*: see its message above; run the same command again to go on"
@@ -76,7 +79,7 @@ check_python
 exec 9>"$root/.venv.lock"
 flock --nonblock 9 || { echo "another set-up is running: waiting for it" && flock 9; }
 is_ready && exit 0 # the other one did it
-mkdir -p "$venv" 2>/dev/null || fail "cannot create $venv"
+mkdir -p "$venv" || fail "cannot create $venv"
 make_venv
 install_all
 echo "$want" >"$done_file.tmp" && mv "$done_file.tmp" "$done_file" && rm -f "$broken_file"
