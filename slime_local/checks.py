@@ -4,6 +4,7 @@ Nothing here loads a model. Every problem found becomes one line of one UsageErr
 """
 
 import json
+import math
 import os
 import re
 import socket
@@ -198,6 +199,13 @@ def _check_dialogue(where: str, messages: Any) -> None:
 # ---- Model ---------------------------------------------------------------------------------------------------
 
 
+def _same(given: Any, expected: Any) -> bool:
+    """Equal values; converted checkpoints hold numbers such as 9.999999747e-06 for 1e-05."""
+    if isinstance(given, float) or isinstance(expected, float):
+        return math.isclose(given, expected, rel_tol=1e-6)
+    return given == expected
+
+
 def _check_model_shape(args: Namespace) -> None:
     """MODEL_ARGS against the HF config: only what was given, for both hosts."""
     path = Path(args.hf_checkpoint or "") / "config.json"
@@ -211,7 +219,7 @@ def _check_model_shape(args: Namespace) -> None:
         expected = _config_value(config, key)
         if flag == "--untie-embeddings-and-output-weights":
             expected = None if expected is None else not expected
-        if flag in args.given_flags and expected is not None and given != expected:
+        if flag in args.given_flags and expected is not None and not _same(given, expected):
             lines.append(
                 f"{flag} {given} does not fit {args.hf_checkpoint}, whose {key} is {_config_value(config, key)}"
             )
