@@ -1,0 +1,494 @@
+"""One sample = one tau2 episode, token ids in and token ids out; slime's generate plug-in:
+
+    --custom-generate-function-path generate_with_tau.generate
+
+Settings are attributes of slime's args, set in the YAML of --custom-config-path; each has a default:
+
+    tau2_prompt: official            "short" is a 90-word prompt for small models
+    tau2_user: scripted              or the litellm name of a model that plays the customer
+    tau2_user_args: {}               its litellm arguments
+    tau2_max_steps: 200              messages of both sides, as tau2 counts them
+    tau2_max_errors: 10
+    tau2_max_turn_tokens: 1024       of one agent turn
+    tau2_redraw_ids: false           new names, numbers and ids for every prompt group
+    tau2_data: null                  tasks JSONL, for rows whose metadata hold no task
+    tau2_retries: 1                  new tries of an episode that the machinery broke
+    tau2_generate_timeout: 900       seconds for one /generate call
+    tau2_partial_alpha: 0.5          see tau2_reward_shaping.py
+
+--rollout-max-response-len bounds the whole response of a sample (the agent's turns and what came between them), and
+--rollout-max-context-len prompt and response together; both are checked before each call. What reaches a limit ends as
+truncated, with reward 0 and its partial score.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import sys
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from openai_tool_adapter import ChatTemplate, load_chat_template, parse_turn
+from tau2_episode import (
+    AgentTurn,
+    BadInput,
+    EndEpisode,
+    EndReason,
+    Episode,
+    EpisodeConfig,
+    episode_to_row,
+    load_tasks,
+    run_episode,
+)
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+FIRST_WAIT = 0.5  # seconds, doubled after each failed attempt
+TURN_TOKENS = 1024
+GENERATE_TIMEOUT = 900.0
+ROUTING_HEADER = "X-SMG-Routing-Key"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The client of /generate
+
+
+class GenerationError(Exception):
+    """The server could not answer; the message says what it said."""
+
+
+_sessions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _session() -> aiohttp.ClientSession:
+    """One session per event loop; connections are not limited here, the engine queues."""
+    loop = asyncio.get_running_loop()
+    session = _sessions.get(loop)
+    if session is None or session.closed:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+        session = _sessions[loop] = aiohttp.ClientSession(connector=connector, trust_env=False)
+    return session
+
+
+async def close_session() -> None:
+    """Close this event loop's session. Call it before a loop ends that made calls."""
+    session = _sessions.pop(asyncio.get_running_loop(), None)
+    if session is not None:
+        await session.close()
+
+
+async def post_generate(
+    url: str, payload: dict, headers: dict | None = None, timeout: float = GENERATE_TIMEOUT
+) -> dict:
+    """POST to /generate. Raises GenerationError.
+
+    Connection errors, time-outs, 429 and 5xx are tried three times in all; any other error status is final (slime's
+    own client repeats a 400 sixty times).
+    """
+    wait = FIRST_WAIT
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return await _post_once(url, payload, headers, timeout)
+        except (aiohttp.ClientError, TimeoutError, OSError, _Again) as error:
+            problem = f"{url}: {_name(error)}{error}".rstrip()
+            if attempt == ATTEMPTS:
+                raise GenerationError(f"{problem} ({ATTEMPTS} attempts)") from error
+            logger.warning("%s; trying again in %.1f s", problem, wait)
+            await asyncio.sleep(wait)
+            wait *= 2
+    raise AssertionError("unreachable")
+
+
+class _Again(Exception):
+    """An answer that a second attempt may mend."""
+
+
+def _name(error: Exception) -> str:
+    return "" if isinstance(error, _Again) else f"{type(error).__name__} "
+
+
+async def _post_once(url: str, payload: dict, headers: dict | None, timeout: float) -> dict:
+    limits = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
+    async with _session().post(url, json=payload, headers=headers, timeout=limits) as response:
+        body = await response.text()
+    if response.status in (408, 429) or response.status >= 500:
+        raise _Again(f"HTTP {response.status}: {body[:300]}")
+    if response.status != 200:
+        raise GenerationError(f"{url}: HTTP {response.status}: {body[:300]}")
+    try:
+        return json.loads(body)
+    except json.JSONDecodeError:
+        raise GenerationError(f"{url}: the answer is not JSON: {body[:100]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The agent
+
+
+@dataclass
+class TurnTokens:
+    """One agent turn: the template's ids before it (mask 0; empty in the first turn, which follows the prompt), the
+    sampled ids (mask 1), their log-probs, and the server's meta_info without the log-probs."""
+
+    before: list[int]
+    sampled: list[int]
+    log_probs: list[float]
+    meta_info: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenLimits:
+    """In tokens: of one turn, of all that follows the prompt, and of prompt and response together; None: no limit."""
+
+    turn: int = TURN_TOKENS
+    response: int | None = None
+    context: int | None = None
+
+
+class TokenAgent:
+    """A policy behind an SGLang `/generate` address; keeps the exact ids of the episode.
+
+    The prompt is rendered once. From then on ids are only appended: those sampled, as they came, and those of the new
+    messages alone. `sampling_params` is copied. `should_stop` is asked before each call.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        url: str,
+        sampling_params: dict,
+        limits: TokenLimits = TokenLimits(),
+        *,
+        session_id: str | None = None,
+        timeout: float = GENERATE_TIMEOUT,
+        payload: dict | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ):
+        self.template, self.url, self.limits, self.timeout = template, url, limits, timeout
+        self.sampling_params = dict(sampling_params)
+        stops = self.sampling_params.get("stop_token_ids") or []
+        self.sampling_params["stop_token_ids"] = sorted({*stops, template.end_id})
+        self.headers = {ROUTING_HEADER: session_id or str(uuid.uuid4())}
+        self.payload, self.should_stop = dict(payload or {}), should_stop
+        self.prompt_ids: list[int] = []
+        self.turns: list[TurnTokens] = []
+        self.asides = 0
+        self._messages: list[dict] = []
+        self._tools: list[dict] = []
+
+    # -- the episode's side (the Agent protocol)
+
+    async def start(self, messages: list[dict], tools: list[dict]) -> None:
+        self._messages, self._tools = list(messages), list(tools)
+
+    async def act(self, new_messages: list[dict]) -> AgentTurn:
+        if self.should_stop():
+            raise EndEpisode(EndReason.GENERATION_ABORTED, "stopped between turns")
+        before = self._render(new_messages)
+        room = self._room(len(before))
+        turn = await self._sample(before, room)
+        self.turns.append(turn)
+        self._check_finished(turn, room)
+        parsed = parse_turn(self.template.decode(turn.sampled), self._tools, self.template.control_tokens)
+        self.asides += bool(parsed.aside)
+        return parsed.turn
+
+    # -- what was said, in tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and response so far: exactly what the next call sends before the new messages."""
+        return self.prompt_ids + self.response_ids
+
+    @property
+    def response_ids(self) -> list[int]:
+        return [token for turn in self.turns for token in (*turn.before, *turn.sampled)]
+
+    @property
+    def loss_mask(self) -> list[int]:
+        """1 on sampled ids, 0 on the template's; as long as response_ids."""
+        return [flag for turn in self.turns for flag in (*[0] * len(turn.before), *[1] * len(turn.sampled))]
+
+    @property
+    def log_probs(self) -> list[float]:
+        """Of the sampled ids, 0.0 on the template's; as long as response_ids."""
+        return [value for turn in self.turns for value in (*[0.0] * len(turn.before), *turn.log_probs)]
+
+    def usage(self) -> dict[str, int]:
+        """Tokens over all calls: read (`prompt`), of those found in the engine's cache, and generated."""
+        keys = {"prompt": "prompt_tokens", "cached": "cached_tokens", "generated": "completion_tokens"}
+        return {name: sum(int(turn.meta_info.get(key) or 0) for turn in self.turns) for name, key in keys.items()}
+
+    # -- one call
+
+    def _render(self, new_messages: Sequence[dict]) -> list[int]:
+        """Ids to put before the next turn; the first time that is the prompt, kept apart."""
+        if not self.prompt_ids:
+            self.prompt_ids = self.template.prompt([*self._messages, *new_messages], self._tools)
+            return []
+        ids = self.template.following(new_messages)
+        # A turn that another stop token ended is closed for the template, untrained.
+        return ids if self.turns[-1].sampled[-1] == self.template.end_id else [self.template.end_id, *ids]
+
+    def _room(self, new: int) -> int:
+        """How many tokens the next turn may have. Ends the episode when there is no room for one."""
+        response = sum(len(turn.before) + len(turn.sampled) for turn in self.turns) + new
+        left = [self.limits.turn]
+        if self.limits.response is not None:
+            left.append(self.limits.response - response)
+        if self.limits.context is not None:
+            left.append(self.limits.context - len(self.prompt_ids) - response)
+        if min(left) < 1:
+            raise EndEpisode(EndReason.CONTEXT_FULL, f"{len(self.prompt_ids)} prompt and {response} response tokens")
+        return min(left)
+
+    async def _sample(self, before: list[int], room: int) -> TurnTokens:
+        params = {**self.sampling_params, "max_new_tokens": room}
+        if params.get("sampling_seed") is not None:
+            params["sampling_seed"] += len(self.turns)  # one seed would repeat its random numbers in every turn
+        payload = {
+            "input_ids": self.token_ids + before,
+            "sampling_params": params,
+            "return_logprob": True,
+            **self.payload,
+        }
+        try:
+            answer = await post_generate(self.url, payload, self.headers, self.timeout)
+            sampled, log_probs, meta_info = _read_answer(answer)
+        except GenerationError as error:
+            raise EndEpisode(EndReason.GENERATION_FAILED, str(error)) from error
+        return TurnTokens(before, sampled, log_probs, meta_info)
+
+    def _check_finished(self, turn: TurnTokens, room: int) -> None:
+        """Ends the episode when the model was aborted or did not close its turn."""
+        finish = turn.meta_info["finish_reason"]["type"]
+        if finish == "abort":
+            raise EndEpisode(EndReason.GENERATION_ABORTED, "aborted by the server")
+        if not turn.sampled:
+            raise EndEpisode(EndReason.GENERATION_FAILED, "the server sampled no token")
+        if finish == "length" and turn.sampled[-1] != self.template.end_id:
+            reason = EndReason.RESPONSE_CUT if room == self.limits.turn else EndReason.CONTEXT_FULL
+            raise EndEpisode(reason, f"the turn did not end within {len(turn.sampled)} tokens")
+
+
+def _read_answer(answer: dict) -> tuple[list[int], list[float], dict]:
+    """Sampled ids and their log-probs from meta_info.output_token_logprobs, the one place that pairs them."""
+    try:
+        meta_info = dict(answer["meta_info"])
+        pairs = meta_info.pop("output_token_logprobs", None) or []
+        log_probs, ids = [float(pair[0]) for pair in pairs], [int(pair[1]) for pair in pairs]
+        meta_info["finish_reason"]["type"]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise GenerationError(f"the answer of /generate has an unknown form ({error!r})") from error
+    if not all(math.isfinite(value) for value in log_probs):
+        raise GenerationError("the server gave a log-prob that is not finite")
+    return ids, log_probs, meta_info
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plug-in
+
+
+async def generate(args: Any, sample: Any, sampling_params: dict, evaluation: bool = False) -> Any:
+    """Run the sample's task as one episode and write ids, mask, log-probs, reward and record into `sample`.
+
+    Nothing but cancellation leaves this function: an exception would end slime's whole job. What broke is logged, and
+    the sample becomes one that counts for nothing (status ABORTED, remove_sample, masked).
+    """
+    try:
+        return await _generate(args, sample, sampling_params, evaluation)
+    except BadInput as error:
+        logger.error("sample %s: %s", sample.index, error)
+        return _remove(sample, {"bad_input": str(error), "detail": str(error)})
+    except Exception as error:
+        logger.exception("sample %s: the episode could not be run", sample.index)
+        return _remove(sample, {"detail": f"{type(error).__name__}: {error}"[:500]})
+
+
+async def _generate(args: Any, sample: Any, sampling_params: dict, evaluation: bool) -> Any:
+    if getattr(args, "partial_rollout", False):
+        raise BadInput("--partial-rollout cannot be used: an episode cannot go on in another environment")
+    config, task = episode_config(args, sample), find_task(args, sample)
+    began = time.perf_counter()
+    for _ in range(1 + int(getattr(args, "tau2_retries", 1))):
+        agent = _make_agent(args, sample, sampling_params, evaluation)
+        episode = await run_episode(task, agent, config, seed=episode_seed(args, sample))
+        if not episode.end_reason.is_infrastructure or episode.end_reason is EndReason.GENERATION_ABORTED:
+            break
+        logger.warning("sample %s: %s: %s", sample.index, episode.end_reason.value, episode.detail)
+    sample.non_generation_time = max(0.0, time.perf_counter() - began - episode.agent_seconds)
+    return _finish(args, sample, agent, episode)
+
+
+def episode_config(args: Any, sample: Any) -> EpisodeConfig:
+    """The episode's settings from args and the row."""
+    user_args = getattr(args, "tau2_user_args", None) or {}
+    return EpisodeConfig(
+        domain=(sample.metadata or {}).get("domain") or getattr(args, "tau2_domain", "telecom"),
+        prompt=getattr(args, "tau2_prompt", "official"),
+        user=getattr(args, "tau2_user", "scripted"),
+        user_args=json.loads(user_args) if isinstance(user_args, str) else dict(user_args),
+        max_steps=int(getattr(args, "tau2_max_steps", 200)),
+        max_errors=int(getattr(args, "tau2_max_errors", 10)),
+        redraw_ids=bool(getattr(args, "tau2_redraw_ids", False)),
+    )
+
+
+def episode_seed(args: Any, sample: Any) -> int:
+    """The samples of one prompt get one seed, so a group meets the same customer with the same (re-drawn) ids."""
+    position = sample.group_index if sample.group_index is not None else sample.index
+    return int(getattr(args, "rollout_seed", 0) or 0) + int(position or 0)
+
+
+def find_task(args: Any, sample: Any) -> Any:
+    """The row's task: in its metadata, by its task_id, or by its index in tau2_data. Raises BadInput."""
+    metadata = sample.metadata or {}
+    if metadata.get("task"):
+        return metadata["task"]
+    if metadata.get("task_id"):
+        tasks = {task.id: task for task in load_tasks(metadata.get("domain", "telecom"), "full")}
+        if metadata["task_id"] not in tasks:
+            raise BadInput(f"no task has the id {metadata['task_id']!r}")
+        return tasks[metadata["task_id"]]
+    path = getattr(args, "tau2_data", None)
+    if not path:
+        raise BadInput("the row's metadata hold neither task nor task_id, and tau2_data names no tasks file")
+    tasks = _tasks_by_index(str(path))
+    if sample.prompt not in tasks:
+        raise BadInput(f"{path} has no row with index {sample.prompt!r}; use --input-key index")
+    return tasks[sample.prompt]
+
+
+@lru_cache(maxsize=8)
+def _tasks_by_index(path: str) -> dict[int, dict]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+        return {row["index"]: row["metadata"]["task"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: not a tasks file of tau2_mock.py ({error!r})") from error
+
+
+def _make_agent(args: Any, sample: Any, sampling_params: dict, evaluation: bool) -> TokenAgent:
+    folder = getattr(args, "hf_checkpoint", None)
+    if not folder:
+        raise BadInput("--hf-checkpoint is not set: the tokenizer is read from there")
+    template_kwargs = getattr(args, "apply_chat_template_kwargs", None) or {}
+    return TokenAgent(
+        load_chat_template(str(folder), json.dumps(template_kwargs, sort_keys=True)),
+        f"http://{args.sglang_router_ip}:{args.sglang_router_port}/generate",
+        sampling_params,
+        token_limits(args, sampling_params, evaluation),
+        session_id=sample.session_id,
+        timeout=float(getattr(args, "tau2_generate_timeout", GENERATE_TIMEOUT)),
+        payload={"return_routed_experts": True} if getattr(args, "use_rollout_routing_replay", False) else None,
+        should_stop=lambda: _slime_is_aborting(args),
+    )
+
+
+def token_limits(args: Any, sampling_params: dict, evaluation: bool) -> TokenLimits:
+    """The limits that slime's flags set; without a context flag, the context is the model's own."""
+    context = getattr(args, "eval_max_context_len", None) if evaluation else None
+    context = context or getattr(args, "rollout_max_context_len", None) or model_context(str(args.hf_checkpoint))
+    response = sampling_params.get("max_new_tokens") or getattr(args, "rollout_max_response_len", None)
+    return TokenLimits(int(getattr(args, "tau2_max_turn_tokens", TURN_TOKENS)), response, context)
+
+
+@lru_cache(maxsize=8)
+def model_context(folder: str) -> int | None:
+    """max_position_embeddings of an HF folder's config.json; None where there is none."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config.get("max_position_embeddings")
+
+
+def _slime_is_aborting(args: Any) -> bool:
+    """Whether slime has begun to end this rollout. slime is looked at only where it already runs."""
+    module = sys.modules.get("slime.rollout.sglang_rollout")
+    if module is None:
+        return False
+    try:
+        return bool(module.GenerateState(args).aborted)
+    except Exception:  # slime is imported but not the host, so it has no state (and cannot make one from these args)
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Into the sample
+
+
+def _finish(args: Any, sample: Any, agent: TokenAgent, episode: Episode) -> Any:
+    record = _record(agent, episode)
+    if episode.end_reason.is_infrastructure:
+        return _remove(sample, record)
+    if not agent.turns:
+        problem = f"the prompt has {len(agent.prompt_ids)} tokens, no room for a turn within {agent.limits}"
+        return _remove(sample, {**record, "bad_input": problem})
+    _clear(sample)
+    sample.tokens = list(agent.prompt_ids)
+    _append_turns(args, sample, agent)
+    sample.response = agent.template.tokenizer.decode(agent.response_ids, skip_special_tokens=False)
+    sample.reward = float(episode.reward)
+    status = type(sample).Status
+    sample.status = status.TRUNCATED if episode.end_reason.is_truncated else status.COMPLETED
+    sample.metadata = {**(sample.metadata or {}), "tau2": record}
+    return sample
+
+
+def _append_turns(args: Any, sample: Any, agent: TokenAgent) -> None:
+    """Through the sample's own method, which also keeps weight versions, cache counts and replay data."""
+    if not hasattr(sample, "append_response_tokens"):  # slime before that method
+        sample.tokens += agent.response_ids
+        sample.response_length = len(agent.response_ids)
+        sample.loss_mask, sample.rollout_log_probs = agent.loss_mask, agent.log_probs
+        return
+    for turn in agent.turns:
+        if turn.before:
+            sample.append_response_tokens(args, tokens=turn.before, trainable=False)
+        sample.append_response_tokens(
+            args, tokens=turn.sampled, log_probs=turn.log_probs, trainable=True, meta_info=turn.meta_info
+        )
+
+
+def _record(agent: TokenAgent, episode: Episode) -> dict:
+    """What the reward plug-in, the log and trace generation read. The system message is known by its profile."""
+    return {
+        **episode_to_row(episode),
+        "messages": episode.messages[1:],
+        "tokens": agent.usage(),
+        "turn_tokens": [len(turn.sampled) for turn in agent.turns],
+        "asides": agent.asides,
+    }
+
+
+def _clear(sample: Any) -> None:
+    sample.tokens, sample.response, sample.response_length = [], "", 0
+    sample.loss_mask, sample.rollout_log_probs, sample.weight_versions = [], [], []
+    sample.remove_sample = False
+
+
+def _remove(sample: Any, record: dict) -> Any:
+    """slime's form of a sample without an episode: one masked token, no weight in the loss, no reward."""
+    _clear(sample)
+    sample.tokens, sample.response_length = [0, 0], 1
+    sample.loss_mask, sample.rollout_log_probs = [0], [0.0]
+    sample.reward = 0.0
+    sample.remove_sample = True
+    sample.status = type(sample).Status.ABORTED
+    record.setdefault("end_reason", EndReason.ENVIRONMENT_FAILED.value)
+    sample.metadata = {**(sample.metadata or {}), "tau2": {**record, "reward": None, "solved": False}}
+    return sample

@@ -1,0 +1,363 @@
+"""The generate plug-in against a stand-in server: exact ids, masks and log-probs, and every way an episode can end."""
+
+import asyncio
+import copy
+from types import SimpleNamespace
+
+import pytest
+from fake_generate import FakeModel, serving
+
+import generate_with_tau
+from generate_with_tau import TokenAgent, TokenLimits, close_session, generate
+from openai_tool_adapter import ChatTemplate, load_chat_template
+from slime_local.sample import Sample
+from tau2_episode import EpisodeConfig, issue_type, load_tasks, run_episode
+
+TASKS = {issue_type(task.id): task for task in load_tasks("telecom", "test")}
+PARAMS = {"temperature": 0.7, "max_new_tokens": 4096, "stop_token_ids": None, "no_stop_trim": True}
+
+
+@pytest.fixture(autouse=True)
+async def closed():
+    yield
+    await close_session()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(generate_with_tau, "FIRST_WAIT", 0.01)
+
+
+@pytest.fixture(scope="module")
+def template(smol_dir):
+    return load_chat_template(str(smol_dir))
+
+
+@pytest.fixture
+def model(template):
+    return FakeModel(template)
+
+
+@pytest.fixture
+def args(model, smol_dir):
+    with serving(model) as (host, port):
+        yield SimpleNamespace(
+            hf_checkpoint=str(smol_dir),
+            sglang_router_ip=host,
+            sglang_router_port=port,
+            tau2_prompt="short",
+            rollout_seed=1,
+        )
+
+
+def make_sample(kind="mms_issue", **fields):
+    metadata = {"domain": "telecom", "task": TASKS[kind].model_dump(mode="json")}
+    return Sample(group_index=3, index=12, prompt=0, session_id="abc", metadata=metadata, **fields)
+
+
+def assert_removed(sample):
+    assert (sample.tokens, sample.response_length, sample.loss_mask) == ([0, 0], 1, [0])
+    assert (sample.rollout_log_probs, sample.reward, sample.remove_sample) == ([0.0], 0.0, True)
+    assert sample.status is Sample.Status.ABORTED
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(TASKS))
+async def test_a_solved_episode_fills_the_sample_that_it_was_given(args, model, kind):
+    sample = make_sample(kind)
+    assert await generate(args, sample, PARAMS) is sample
+    assert sample.reward == 1.0 and sample.status is Sample.Status.COMPLETED
+    assert sample.group_index == 3 and sample.session_id == "abc" and not sample.remove_sample
+    assert len(sample.loss_mask) == len(sample.rollout_log_probs) == sample.response_length
+    assert (
+        sample.metadata["tau2"]["end_reason"] in ("user_stop", "transfer") and sample.metadata["domain"] == "telecom"
+    )
+    assert sample.metadata["tau2"]["tokens"]["generated"] == sum(sample.loss_mask)
+    assert sample.weight_versions[-1] == "7" and sample.prefix_cache_info.cached_tokens > 0
+    assert sample.non_generation_time > 0
+    assert PARAMS == {"temperature": 0.7, "max_new_tokens": 4096, "stop_token_ids": None, "no_stop_trim": True}
+
+
+async def test_trained_ids_are_the_sampled_ids(args, model, template):
+    """Prompt + response is what the server saw and said; mask 1 exactly on what it said; log-probs are its own."""
+    sample = make_sample()
+    await generate(args, sample, PARAMS)
+    assert not model.broken_prefixes
+    ((_, said),) = model.sessions.values()
+    assert sample.tokens == said
+    prompt = len(sample.tokens) - sample.response_length
+    assert sample.tokens[:prompt] == model.requests[0]["input_ids"]
+    expected_mask, expected_log_probs = [], []
+    for request, following in zip(model.requests, [*model.requests[1:], {"input_ids": said}], strict=True):
+        start = len(request["input_ids"])
+        assert following["input_ids"][:start] == request["input_ids"]
+        turn = sample.tokens[start : sample.tokens.index(template.end_id, start) + 1]
+        expected_mask += [0] * (start - prompt - len(expected_mask)) + [1] * len(turn)
+        expected_log_probs += [0.0] * (start - prompt - len(expected_log_probs))
+        expected_log_probs += [-0.001 * (i + 1) for i in range(len(turn))]
+    assert sample.loss_mask == expected_mask
+    assert sample.rollout_log_probs == pytest.approx(expected_log_probs)
+    assert sample.response == template.tokenizer.decode(sample.tokens[prompt:])
+
+
+async def test_the_newline_after_a_turn_is_not_trained(args, template):
+    sample = make_sample("service_issue")
+    await generate(args, sample, PARAMS)
+    response = sample.tokens[-sample.response_length :]
+    ends = [i for i, token in enumerate(response[:-1]) if token == template.end_id and sample.loss_mask[i]]
+    assert ends and all(sample.loss_mask[i + 1] == 0 for i in ends)
+
+
+async def test_exactness_with_qwen3s_tokenizer_and_template(qwen3_tokenizer):
+    """Its template writes a last agent turn differently and groups tool results: neither may change what was sent."""
+    template = ChatTemplate(qwen3_tokenizer)
+    model = FakeModel(template)
+    with serving(model) as (host, port):
+        for task in TASKS.values():
+            agent = TokenAgent(template, f"http://{host}:{port}/generate", PARAMS)
+            episode = await run_episode(task, agent, EpisodeConfig(prompt="official"))
+            assert episode.reward == 1.0 and not model.broken_prefixes
+            assert agent.token_ids == model.sessions[agent.headers["X-SMG-Routing-Key"]][1]
+            assert len(agent.response_ids) == len(agent.loss_mask) == len(agent.log_probs)
+            assert sum(agent.loss_mask) == agent.usage()["generated"]
+
+
+async def test_a_rollout_and_an_sft_row_hold_the_same_words(args, model, template):
+    """The text of a rollout is the full render of its messages: SFT and rollout speak one dialect."""
+    sample = make_sample()
+    await generate(args, sample, PARAMS)
+    from tau2_episode import agent_tools, system_prompt
+
+    messages = [{"role": "system", "content": system_prompt("telecom", "short")}, *sample.metadata["tau2"]["messages"]]
+    full = template.tokenizer.apply_chat_template(messages, tools=agent_tools("telecom"), tokenize=False)
+    assert template.tokenizer.decode(sample.tokens) == full.removesuffix("\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_cut_turn_ends_the_episode_as_truncated(args, model, template):
+    ids = template.tokenizer.encode("Please check your network")
+    model.behave = lambda number, payload: model.answer(ids, payload["input_ids"], "length") if number == 3 else None
+    sample = await generate(args, make_sample(), PARAMS)
+    assert sample.status is Sample.Status.TRUNCATED and sample.reward == 0.0 and not sample.remove_sample
+    assert sample.metadata["tau2"]["end_reason"] == "response_cut"
+    assert sample.tokens[-len(ids) :] == ids and sample.loss_mask[-len(ids) :] == [1] * len(ids)
+    assert sample.metadata["tau2"]["checks"] is not None
+
+
+async def test_the_response_budget_is_checked_before_a_call_and_never_exceeded(args, model):
+    sample = await generate(args, make_sample(), {**PARAMS, "max_new_tokens": 150})
+    assert sample.status is Sample.Status.TRUNCATED and sample.metadata["tau2"]["end_reason"] == "context_full"
+    assert 0 < sample.response_length <= 150
+    for request in model.requests:
+        used = len(request["input_ids"]) - len(model.requests[0]["input_ids"])
+        assert request["sampling_params"]["max_new_tokens"] <= 150 - used
+
+
+async def test_the_context_budget(args, model):
+    await generate(args, make_sample(), PARAMS)
+    prompt = len(model.requests[0]["input_ids"])
+    args.rollout_max_context_len = prompt + 100
+    sample = await generate(args, make_sample(), PARAMS)
+    assert sample.metadata["tau2"]["end_reason"] == "context_full" and len(sample.tokens) <= prompt + 100
+    args.rollout_max_context_len = prompt
+    sample = await generate(args, make_sample(), PARAMS)
+    assert_removed(sample)
+    assert "prompt has" in sample.metadata["tau2"]["bad_input"]
+
+
+async def test_the_turn_cap_is_asked_for(args, model):
+    args.tau2_max_turn_tokens = 96
+    await generate(args, make_sample(), PARAMS)
+    assert {request["sampling_params"]["max_new_tokens"] for request in model.requests} == {96}
+
+
+async def test_an_aborted_call_removes_the_sample(args, model):
+    model.behave = lambda number, payload: model.answer([5], payload["input_ids"], "abort") if number == 2 else None
+    sample = await generate(args, make_sample(), PARAMS)
+    assert_removed(sample)
+    assert sample.metadata["tau2"]["end_reason"] == "generation_aborted" and len(model.requests) == 2
+
+
+async def test_slimes_abort_is_seen_between_turns(args, model, monkeypatch):
+    state = SimpleNamespace(aborted=False)
+    module = SimpleNamespace(GenerateState=lambda args: state)
+    monkeypatch.setitem(generate_with_tau.sys.modules, "slime.rollout.sglang_rollout", module)
+
+    def abort_later(number, payload):
+        state.aborted = number >= 2
+
+    model.behave = abort_later
+    sample = await generate(args, make_sample(), PARAMS)
+    assert_removed(sample)
+    assert len(model.requests) == 2
+
+
+async def test_a_server_error_is_tried_again(args, model):
+    model.behave = lambda number, payload: 503 if number in (1, 3, 4) else None
+    sample = await generate(args, make_sample(), PARAMS)
+    assert sample.reward == 1.0
+
+
+@pytest.mark.parametrize("status, calls", [(400, 2), (500, 6)])
+async def test_what_stays_broken_is_removed_after_bounded_tries(args, model, status, calls):
+    """A 400 is final for the call; the episode itself is tried once more (tau2_retries)."""
+    model.behave = lambda number, payload: status
+    sample = await generate(args, make_sample(), PARAMS)
+    assert_removed(sample)
+    assert len(model.requests) == calls
+    record = sample.metadata["tau2"]
+    assert record["end_reason"] == "generation_failed" and str(status) in record["detail"]
+
+
+async def test_a_hanging_server_is_given_up(args, model):
+    model.delay, args.tau2_generate_timeout, args.tau2_retries = 5.0, 0.1, 0
+    assert_removed(await asyncio.wait_for(generate(args, make_sample(), PARAMS), 5))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"text": "x"},
+        {"meta_info": {}},
+        {"meta_info": {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[None, 5]]}},
+        {"meta_info": {"finish_reason": {"type": "stop"}, "output_token_logprobs": []}},
+    ],
+)
+async def test_an_answer_of_another_form_is_never_trained(args, model, answer):
+    model.behave = lambda number, payload: copy.deepcopy(answer)
+    assert_removed(await generate(args, make_sample(), PARAMS))
+
+
+async def test_no_server_at_all(args, unused_tcp_port):
+    args.sglang_router_port = unused_tcp_port
+    assert_removed(await generate(args, make_sample(), PARAMS))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"hf_checkpoint": None}, "hf-checkpoint"),
+        ({"hf_checkpoint": "/no/such/folder"}, "/no/such/folder"),
+        ({"tau2_prompt": "shrt"}, "shrt"),
+        ({"partial_rollout": True}, "partial-rollout"),
+        ({"tau2_max_steps": 0}, "max_steps"),
+    ],
+)
+async def test_a_mistake_in_the_settings_is_named_and_nothing_is_raised(args, change, named):
+    vars(args).update(change)
+    sample = await generate(args, make_sample(), PARAMS)
+    assert_removed(sample)
+    assert named in sample.metadata["tau2"]["bad_input"]
+
+
+async def test_slimes_contract_with_bare_args():
+    sample = await generate(type("Args", (), {})(), Sample(index=0, prompt="prompt"), {"temperature": 0.3})
+    assert_removed(sample)
+    assert "task_id" in sample.metadata["tau2"]["bad_input"]
+
+
+async def test_cancellation_passes(args, model):
+    model.delay = 5.0
+    task = asyncio.create_task(generate(args, make_sample(), PARAMS))
+    await asyncio.sleep(0.3)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+async def test_evaluation_mode_has_no_group_and_no_session_and_shares_its_parameters(args, model):
+    shared = {**PARAMS, "temperature": 0.0}
+    samples = [make_sample() for _ in range(3)]
+    for index, sample in enumerate(samples):
+        sample.group_index, sample.session_id, sample.index = None, None, index
+    done = await asyncio.gather(*(generate(args, sample, shared, evaluation=True) for sample in samples))
+    assert [sample.reward for sample in done] == [1.0, 1.0, 1.0]
+    assert len({header["X-SMG-Routing-Key"] for header in model.headers}) == 3
+    assert shared == {**PARAMS, "temperature": 0.0}
+
+
+async def test_the_session_id_is_the_routing_key(args, model):
+    await generate(args, make_sample(), PARAMS)
+    assert {header["X-SMG-Routing-Key"] for header in model.headers} == {"abc"}
+
+
+async def test_a_seed_moves_on_with_the_turns(args, model):
+    await generate(args, make_sample(), {**PARAMS, "sampling_seed": 40})
+    seeds = [request["sampling_params"]["sampling_seed"] for request in model.requests]
+    assert seeds == list(range(40, 40 + len(seeds)))
+
+
+async def test_a_group_meets_one_customer_and_another_group_another(args, model):
+    args.tau2_redraw_ids = True
+    samples = [make_sample(), make_sample(), make_sample()]
+    samples[2].group_index = 4
+    for i, sample in enumerate(samples):
+        sample.session_id = str(i)
+        await generate(args, sample, PARAMS)
+    prompts = [sample.tokens[: -sample.response_length] for sample in samples]
+    assert prompts[0] == prompts[1] != prompts[2]
+    assert [sample.reward for sample in samples] == [1.0, 1.0, 1.0]
+
+
+async def test_tasks_are_found_by_id_and_by_index(args, tmp_path):
+    task = TASKS["service_issue"]
+    by_id = make_sample()
+    by_id.metadata = {"domain": "telecom", "task_id": task.id}
+    assert (await generate(args, by_id, PARAMS)).reward == 1.0
+    args.tau2_data = tmp_path / "tasks.jsonl"
+    row = generate_with_tau.json.dumps({"index": 5, "metadata": {"task": task.model_dump(mode="json")}})
+    args.tau2_data.write_text(row + "\n")
+    by_index = make_sample()
+    by_index.metadata, by_index.prompt = {}, 5
+    assert (await generate(args, by_index, PARAMS)).metadata["tau2"]["task_id"] == task.id
+    by_index.metadata, by_index.prompt = {}, 6
+    assert "index 6" in (await generate(args, by_index, PARAMS)).metadata["tau2"]["bad_input"]
+
+
+async def test_a_broken_call_is_answered_to_the_model_and_not_shown_to_the_customer(args, model, template):
+    text = '<tool_call>\n{"name": "get_customer_by_phone", "arguments": {"phone_number": }}\n</tool_call>'
+    ids = [*template.tokenizer.encode(text), template.end_id]
+    model.behave = lambda number, payload: model.answer(ids, payload["input_ids"]) if number == 1 else None
+    sample = await generate(args, make_sample(), {**PARAMS, "max_new_tokens": 8000})
+    messages = sample.metadata["tau2"]["messages"]
+    assert messages[3]["role"] == "tool" and "not valid JSON" in messages[3]["content"]
+    assert sample.metadata["tau2"]["tool_errors"] >= 1
+    assert sample.tokens[sample.tokens.index(ids[0]) :] and sample.loss_mask[: len(ids)] == [1] * len(ids)
+
+
+async def test_a_turn_that_another_stop_token_ended_is_closed_untrained(args, model, template):
+    end_of_text = template.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    ids = [*template.tokenizer.encode("Okay."), end_of_text]
+    limits = TokenLimits(response=400)
+    url = f"http://{args.sglang_router_ip}:{args.sglang_router_port}/generate"
+    model.behave = lambda number, payload: model.answer(ids, payload["input_ids"])
+    agent = TokenAgent(template, url, PARAMS, limits)
+    episode = await run_episode(TASKS["mms_issue"], agent, EpisodeConfig(prompt="short"))
+    assert agent.turns[1].before[0] == template.end_id and agent.loss_mask[len(ids)] == 0
+    assert all("<|" not in (message["content"] or "") for message in episode.messages)
+
+
+async def test_many_episodes_share_one_loop(args, model):
+    samples = [make_sample() for _ in range(64)]
+    for index, sample in enumerate(samples):
+        sample.session_id, sample.group_index = str(index), index
+    done = await asyncio.gather(*(generate(args, sample, PARAMS) for sample in samples))
+    assert all(sample.reward == 1.0 for sample in done) and not model.broken_prefixes
+
+
+def test_nothing_of_the_hosts_is_imported():
+    """The folder works when it is copied elsewhere: no slime, no slime_local at import time."""
+    import subprocess
+    import sys
+
+    code = "import sys, generate_with_tau, tau2_reward_shaping; print({m.split('.')[0] for m in sys.modules})"
+    folder = generate_with_tau.Path(generate_with_tau.__file__).parent
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True)
+    assert "'aiohttp'" in result.stdout and "'slime'" not in result.stdout and "'slime_local'" not in result.stdout
