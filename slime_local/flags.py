@@ -137,6 +137,7 @@ HONOURED = {
     "--micro-batch-size": "samples in a forward pass",
     "--use-dynamic-batch-size": "fill forward passes up to --max-tokens-per-gpu",
     "--max-tokens-per-gpu": "tokens in a forward pass",
+    "--log-probs-max-tokens-per-gpu": "the same where only log-probs are computed",
     "--loss-type": "policy_loss or sft_loss",
     "--advantage-estimator": "all but ppo",
     "--calculate-per-token-loss": "mean over tokens in place of the mean over samples",
@@ -164,6 +165,7 @@ HONOURED = {
     "--use-opsm": "mask sequences that drifted off-policy",
     "--opsm-delta": "how far they may drift",
     "--log-probs-chunk-size": "positions that go through the vocabulary at a time",
+    "--use-rollout-entropy": "entropy of the policy at the start of a rollout's training",
     "--optimizer": "adam only",
     "--lr": "learning rate",
     "--min-lr": "its lower bound",
@@ -208,6 +210,9 @@ HONOURED = {
     "--wandb-project": "Weights & Biases project",
     "--wandb-group": "Weights & Biases group",
     "--wandb-team": "Weights & Biases team",
+    "--wandb-host": "Weights & Biases server",
+    "--wandb-run-id": "Weights & Biases run to continue",
+    "--disable-wandb-random-suffix": "run name as the group's",
     "--wandb-always-use-train-step": "count optimizer steps on the x axis of rollouts",
 }
 

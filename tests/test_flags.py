@@ -1,0 +1,173 @@
+"""slime's command line: names, types, defaults, what is derived, and what this host says of each flag."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from slime_local.errors import UsageError
+from slime_local.flags import ALLOWED_VALUES, HONOURED, MODEL_SHAPE, REFUSED, load_flags, parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIMAL = ["--rollout-batch-size", "4", "--num-rollout", "2"]
+FLAGS = {flag.name: flag for flag in load_flags()}
+
+
+def parse(*words: str, host: str = "local"):
+    return parse_args([*MINIMAL, *words], host)
+
+
+def message(*words: str, host: str = "local") -> str:
+    with pytest.raises(UsageError) as caught:
+        parse(*words, host=host)
+    return str(caught.value)
+
+
+def test_the_list_is_whole_and_every_default_is_slimes():
+    assert len(FLAGS) == 1388
+    args = parse()
+    assert args.eps_clip == 0.2 and args.lr == 1e-6 and args.weight_decay == 0.01 and args.adam_beta2 == 0.999
+    assert args.rollout_seed == 42 and args.seed == 1234 and args.clip_grad == 1.0
+    assert args.lr_decay_style == "linear" and args.kl_loss_type == "k1" and args.tool_key == "tools"
+    assert args.train_env_vars == {} and args.rollout_sample_hook_path == []
+    suppressed = {flag.dest for flag in FLAGS.values() if "SUPPRESS" in flag.default}
+    assert {flag.dest for flag in FLAGS.values()} - suppressed <= vars(args).keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "dest", "value"),
+    [
+        (["--lr", "2e-5"], "lr", 2e-5),
+        (["--rollout-top-k=-1"], "rollout_top_k", -1),
+        (["--rollout-stop", "a", "b"], "rollout_stop", ["a", "b"]),
+        (["--apply-chat-template-kwargs", '{"enable_thinking": false}'], "apply_chat_template_kwargs", None),
+        (["--no-offload-train"], "offload_train", False),
+        (["--disable-rewards-normalization"], "rewards_normalization", False),
+        (["--persistent-save-interval", "3", "--save", "x"], "save_interval", 3),
+        (["--sglang-context-length", "4k"], "sglang_context_length", 4000),
+        (["--rollout-sample-hook-path", "a.b"], "rollout_sample_hook_path", ["a.b"]),
+        (["--sglang-attention-backend", "some_newer_backend"], "sglang_attention_backend", "some_newer_backend"),
+    ],
+)
+def test_values_have_slimes_types(words, dest, value):
+    expected = {"enable_thinking": False} if value is None else value
+    assert getattr(parse(*words), dest) == expected
+
+
+def test_two_parses_do_not_share_lists():
+    parse("--rollout-sample-hook-path", "a.b")
+    assert parse().rollout_sample_hook_path == []
+
+
+def test_an_unknown_flag_is_an_error_with_the_nearest_one():
+    assert "--rollout-batchsize is not a flag of slime; did you mean --rollout-batch-size?" in message(
+        "--rollout-batchsize", "8"
+    )
+    assert "--num-roll is not a flag" in message("--num-roll", "3"), "prefixes are not accepted, as in slime"
+    assert len(message("--foo-x", "1", "--bar-y").splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+        (["--loss-type", "mse"], "invalid choice: 'mse'"),
+        (["--train-env-vars", "{x"], "not JSON"),
+        (["--use-tis", "8"], "'8' belongs to no flag"),
+        (["--advantage-estimator", "ppo"], "--advantage-estimator ppo works under slime only"),
+        (["--attention-dropout", "0.1"], "--attention-dropout 0.1 works under slime only"),
+        (["--save", "x"], "--save without --save-interval"),
+        (["--save-interval", "2"], "--save-interval without --save"),
+        (["--eval-interval", "2"], "--eval-interval without data"),
+        (["--rollout-temperature", "0"], "--rollout-temperature must be above 0"),
+        (["--use-kl-loss"], "need a reference: add --ref-load"),
+        (["--use-tis", "--use-rollout-logprobs"], "exclude each other"),
+        (["--use-dynamic-batch-size"], "needs --max-tokens-per-gpu"),
+        (["--over-sampling-batch-size", "3"], "is below --rollout-batch-size 4"),
+        (["--global-batch-size", "3", "--num-steps-per-rollout", "2"], "contradicts --num-steps-per-rollout"),
+        (["--eval-prompt-data", "a", "b", "c"], "takes pairs"),
+        (["--custom-config-path", "/nowhere.yaml"], "no such file"),
+        (["--freeze-params-name-list", "a", "--only-train-params-name-list", "b"], "exclude each other"),
+    ],
+)
+def test_wrong_values_and_combinations(words, part):
+    assert part in message(*words)
+
+
+def test_every_refused_flag_is_refused_here_and_accepted_for_slime():
+    for name in REFUSED:
+        flag = FLAGS[name]
+        value = {"int": ["1"], "float": ["1"], "loads": ["{}"]}.get(flag.type, ["x"])
+        value = flag.choices.split("|")[:1] if flag.choices else value
+        words = [name, *([] if flag.nargs == "0" else value * (3 if flag.nargs == "3" else 1))]
+        if flag.nargs == "3":
+            words = [name, "1", "1", "1"]
+        assert f"{name} works under slime only" in message(*words)
+        if name not in ("--partial-rollout",):
+            parse(*words, host="slime")
+
+
+def test_flags_without_meaning_are_listed_once_and_the_others_not():
+    args = parse("--colocate", "--tensor-model-parallel-size", "2", "--colocate", "--lr", "1e-5")
+    assert args.ignored_flags == ["--colocate", "--tensor-model-parallel-size"]
+    assert parse("--colocate", host="slime").ignored_flags == []
+
+
+def test_the_tables_name_flags_of_the_list_and_do_not_overlap():
+    assert HONOURED.keys() | REFUSED.keys() <= FLAGS.keys()
+    assert not HONOURED.keys() & REFUSED.keys()
+    assert ALLOWED_VALUES.keys() <= HONOURED.keys()
+
+
+def source() -> str:
+    files = [*ROOT.glob("slime_local/*.py"), ROOT / "train.py"]
+    return "\n".join(file.read_text() for file in files)
+
+
+def test_every_honoured_flag_is_read_somewhere():
+    text = source()
+    shape = {*MODEL_SHAPE, *(name for name, meaning in HONOURED.items() if meaning.startswith("MODEL_ARGS"))}
+    checked_only = shape | {"--attention-dropout", "--hidden-dropout", "--optimizer"}
+    names = {name: FLAGS[name].dest for name in HONOURED if name not in checked_only}
+    unread = [name for name, dest in names.items() if not re.search(rf'args\.{dest}\b|"{dest}"', text)]
+    assert unread == []
+
+
+def test_every_flag_that_is_read_is_honoured_or_refused():
+    read = set(re.findall(r"\bargs\.([a-z_0-9]+)", source()))
+    stated = {FLAGS[name].dest for name in [*HONOURED, *REFUSED]}
+    dests = {flag.dest for flag in FLAGS.values()}
+    cluster = {"actor_num_nodes", "actor_num_gpus_per_node"}  # world_size, which plug-ins may read
+    assert (read & dests) - stated - cluster == set()
+
+
+def test_derived_values():
+    args = parse("--n-samples-per-prompt", "4", "--num-steps-per-rollout", "2", "--rollout-max-context-len", "100")
+    assert args.global_batch_size == 8 and args.over_sampling_batch_size == 4
+    assert args.rollout_max_prompt_len == 99 and args.eval_max_context_len == 100
+    assert args.eps_clip_high == args.eps_clip and args.grpo_std_normalization
+    assert args.eval_function_path == args.rollout_function_path
+    assert not parse().grpo_std_normalization, "off for single samples"
+    assert parse("--load-debug-rollout-data", "x").debug_train_only
+    assert parse("--dump-details", "d").save_debug_rollout_data == "d/rollout_data/{rollout_id}.pt"
+
+
+def test_evaluation_settings_fall_back_to_the_rollouts(tmp_path):
+    one = parse("--eval-prompt-data", "t", "t.jsonl", "--eval-temperature", "0", "--rollout-top-p", "0.9")
+    (dataset,) = one.eval_datasets
+    assert (dataset.name, dataset.path, dataset.temperature, dataset.top_p) == ("t", "t.jsonl", 0.0, 0.9)
+    config = tmp_path / "eval.yaml"
+    config.write_text("eval:\n  defaults: {top_p: 0.5}\n  datasets:\n    a: {path: a.jsonl, temperature: 0.1}\n")
+    (dataset,) = parse("--eval-config", str(config)).eval_datasets
+    assert (dataset.name, dataset.top_p, dataset.temperature) == ("a", 0.5, 0.1)
+    config.write_text("eval:\n  datasets:\n    a: {path: a.jsonl, tempersture: 0.1}\n")
+    assert "unknown keys tempersture" in message("--eval-config", str(config))
+
+
+def test_the_custom_config_sets_any_attribute(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("my_setting: {a: 1}\nrollout_temperature: 0.5\n")
+    args = parse("--custom-config-path", str(config))
+    assert args.my_setting == {"a": 1} and args.rollout_temperature == 0.5
+    config.write_text("a: [")
+    assert "is not YAML" in message("--custom-config-path", str(config))
