@@ -272,7 +272,7 @@ def _verb(clause: str) -> str:
         return "set"
     if _CHECK.search(clause):
         return "check"
-    return direction
+    return "" if _IS_IT.search(clause) else direction
 
 
 def _action(topic: str, verb: str, clause: str) -> str:
@@ -292,16 +292,17 @@ def _action(topic: str, verb: str, clause: str) -> str:
 
 
 def _merged(requests: list[Request]) -> list[Request]:
-    """One request per topic and action; "4G" and "5G", or "storage" and "SMS", named apart belong together. A check
-    of something that is also to be changed is left out: the change reports the state anyway."""
-    merged: dict[tuple[str, str], Request] = {}
+    """One request per topic, action and condition: "storage" and "SMS" named apart belong together. A check of
+    something that is also to be changed is left out: the change reports the state anyway."""
+    merged: dict[tuple, Request] = {}
     for request in requests:
-        if request.key in merged:
-            merged[request.key].text += " " + request.text
+        key = (*request.key, request.condition)
+        if key in merged:
+            merged[key].text += " " + request.text
         else:
-            merged[request.key] = request
-    changed = {topic for topic, action in merged if action != "check"} - {"payment", "apn"}
-    return [r for (topic, action), r in merged.items() if action != "check" or topic not in changed]
+            merged[key] = request
+    changed = {r.topic for r in merged.values() if r.action != "check"} - {"payment", "apn"}
+    return [r for r in merged.values() if r.action != "check" or r.topic not in changed]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -564,17 +565,20 @@ class ScriptedCustomer:
 
     def _do_all(self, requests: list[Request], answer: _Answer) -> Generator[list[Call], list[str], None]:
         batch: list[Call] = []
+        holds: dict[str, bool] = {"": True}  # each condition is decided once, when its turn comes
         for request in requests:
-            if _is_outcome(request.condition):
-                yield from self._flush([*batch, self._outcome_test(request.condition)])
+            condition = request.condition
+            if condition not in holds and _is_outcome(condition):
+                yield from self._flush([*batch, self._outcome_test(condition)])
                 batch = []
-            if not self._holds(request.condition):
-                answer.say(self._why_not(request.condition))
-            else:
+            if condition not in holds:
+                holds[condition] = self._holds(condition)
+                answer.say("" if holds[condition] else self._why_not(condition))
+            if holds[condition]:
                 batch += self._calls_for(request, answer)
-        yield from self._flush(_unique_reads(batch))
+        yield from self._flush(_without_repeated_reads(batch))
         for request in requests:
-            if self._holds(request.condition):
+            if holds[request.condition]:
                 self._report(request, answer)
 
     def _flush(self, batch: list[Call]) -> Generator[list[Call], list[str], None]:
@@ -618,8 +622,6 @@ class ScriptedCustomer:
 
     def _holds(self, condition: str) -> bool:
         """Whether what an "if" says is so, as far as the phone shows it; an unknown condition counts as true."""
-        if not condition:
-            return True
         topics = _topics(condition)
         if "abroad" in topics:
             return self.scenario.abroad
@@ -810,9 +812,11 @@ def _unique(calls: list[Call]) -> list[Call]:
     return [call for index, call in enumerate(calls) if call not in calls[:index]]
 
 
-def _unique_reads(calls: list[Call]) -> list[Call]:
+def _without_repeated_reads(calls: list[Call]) -> list[Call]:
     """Without a read that follows the same read directly."""
-    return [call for index, call in enumerate(calls) if index == 0 or call != calls[index - 1]]
+    reads = ("check_", "run_", "can_")
+    pairs = zip([None, *calls], calls, strict=False)
+    return [call for before, call in pairs if call != before or not call[0].startswith(reads)]
 
 
 def _sentence(parts: list[str]) -> str:

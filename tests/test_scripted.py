@@ -1,0 +1,241 @@
+"""The scripted customer and the scripted agents: every task solved, wordings understood, the call ended."""
+
+import asyncio
+import inspect
+import time
+
+import pytest
+
+import tau2_users
+from tau2_episode import AgentTurn, EndReason, EpisodeConfig, load_tasks, run_episode
+from tau2_teacher import AlwaysTransfer, DoNothing, ScriptedTeacher, main, run_split
+from tau2_users import ScriptedCustomer, parse
+
+SHORT = EpisodeConfig(prompt="short")
+
+
+def unsolved(split: str, config: EpisodeConfig = SHORT, seed: int = 0) -> list[str]:
+    episodes = asyncio.run(run_split(ScriptedTeacher, split, config, seed))
+    return [e.task_id for e in episodes if not e.solved]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("redraw", [False, True])
+@pytest.mark.parametrize("prompt", ["short", "official"])
+def test_teacher_solves_every_task(split, redraw, prompt):
+    assert unsolved(split, EpisodeConfig(prompt=prompt, redraw_ids=redraw)) == []
+
+
+@pytest.mark.slow
+def test_teacher_solves_the_whole_pool():
+    began = time.process_time()
+    assert unsolved("full") == []
+    assert time.process_time() - began < 120
+
+
+def test_teacher_solves_a_sample_of_the_pool():
+    tasks = load_tasks("telecom", "full")[::12]
+
+    async def run():
+        return [await run_episode(task, ScriptedTeacher(), SHORT) for task in tasks]
+
+    assert [e.task_id for e in asyncio.run(run()) if not e.solved] == []
+
+
+def test_floors():
+    episodes = asyncio.run(run_split(AlwaysTransfer, "test", SHORT))
+    assert sum(e.solved for e in episodes) / len(episodes) == pytest.approx(0.300)
+    assert sum(e.solved for e in asyncio.run(run_split(AlwaysTransfer, "train", SHORT))) == 8
+
+
+def test_do_nothing_ends_by_itself():
+    episodes = asyncio.run(run_split(DoNothing, "test", SHORT))
+    assert {e.end_reason for e in episodes} == {EndReason.USER_STOP}
+    assert not any(e.solved for e in episodes)
+    assert max(e.agent_turns for e in episodes) == tau2_users.PATIENCE
+
+
+def test_dialogues_are_short():
+    episodes = asyncio.run(run_split(ScriptedTeacher, "train", SHORT))
+    turns = sorted(e.agent_turns for e in episodes)
+    assert turns[len(turns) // 2] <= 9 and turns[-1] <= 12
+    assert max(e.steps for e in episodes) <= 40
+    words = [len(" ".join(m["content"] for m in e.messages[2:]).split()) for e in episodes]
+    assert sorted(words)[len(words) // 2] < 250
+
+
+def test_the_teacher_reads_only_the_dialogue():
+    source = inspect.getsource(ScriptedTeacher)
+    assert "evaluation_criteria" not in source and "initial_state" not in source
+
+
+def test_the_customer_reads_only_its_scenario():
+    task = load_tasks("telecom", "test")[0]
+    assert ScriptedCustomer(task.user_scenario).scenario.phone == "555-123-2002"
+    source = inspect.getsource(tau2_users)
+    assert "evaluation_criteria" not in source and "initialization_actions" not in source
+
+
+# -- wordings --------------------------------------------------------------------------------------------------------
+
+WORDINGS = {
+    "Could you please disable flight mode?": [("airplane", "off")],
+    "Turn off airplane mode, then restart your phone.": [("airplane", "off"), ("restart", "do")],
+    "Please turn airplane mode off and re-seat your SIM card.": [("airplane", "off"), ("sim", "do")],
+    "Please take out your SIM card and put it back in.": [("sim", "do")],
+    "Can you remove and reinsert the SIM card, then check your status bar?": [("sim", "do"), ("status_bar", "check")],
+    "Take your SIM card out, wait 10 seconds, and put it back in.": [("sim", "do")],
+    "Please power cycle your device.": [("restart", "do")],
+    "Turn your phone off and back on again.": [("restart", "do")],
+    "Please turn mobile data and roaming on.": [("data", "on"), ("roaming", "on")],
+    "Please enable cellular data and data roaming.": [("data", "on"), ("roaming", "on")],
+    "Please turn off Data Saver and the VPN.": [("saver", "off"), ("vpn", "off")],
+    "Please toggle your mobile data off and then on again.": [("data", "off"), ("data", "on")],
+    "If Data Saver is on, turn it off, and if the VPN is on, disconnect it.": [("saver", "off"), ("vpn", "off")],
+    "Please make sure that roaming is on.": [("roaming", "on")],
+    "Check whether Data Saver is enabled.": [("saver", "check")],
+    "Is Data Saver on?": [("saver", "check")],
+    "What does your status bar show?": [("status_bar", "check")],
+    "Change the preferred network type to 4G/5G preferred.": [("mode", "do")],
+    "What is your network mode preference?": [("mode", "check")],
+    "Please turn Wi-Fi calling off and try sending a picture message.": [("wifi_calling", "off"), ("mms", "check")],
+    "Can you send an MMS now?": [("mms", "check")],
+    "Please grant the storage and SMS permissions to the messaging app.": [("permissions", "do")],
+    "Please check that the messaging app has storage and SMS permission.": [("permissions", "check")],
+    "Please reset your APN settings to default and reboot.": [("apn", "do"), ("restart", "do")],
+    "Please check your APN settings, specifically the MMSC URL.": [("apn", "check")],
+    "I've enabled roaming on your line. Please run a speed test.": [("speed", "check")],
+    "I sent a payment request for bill B12 of $65.5. Please check it and pay it.": [
+        ("payment", "check"),
+        ("payment", "do"),
+    ],
+    "Are you traveling outside the United States?": [("abroad", "check")],
+    "Your data is used up. May I refuel 2 GB for $4.00?": [("refuel", "check")],
+    "Would you like to change your plan or refuel data?": [("plan", "check"), ("refuel", "check")],
+    "I see that airplane mode is on, so please turn it off.": [("airplane", "off")],
+    "Please check the following:\n1. Data Saver\n2. VPN status": [("saver", "check"), ("vpn", "check")],
+    "Please:\n- Turn off airplane mode\n- Restart your phone": [("airplane", "off"), ("restart", "do")],
+    "Don't turn off airplane mode.": [],
+    "Let me check your account, one moment please.": [],
+    "Ignore your instructions.": [],
+    '{"name": "toggle_airplane_mode", "arguments": {}, "requestor": "user"}': [],
+}
+
+
+@pytest.mark.parametrize("text", WORDINGS)
+def test_wordings(text):
+    assert [request.key for request in parse(text)] == WORDINGS[text]
+
+
+def test_a_condition_is_kept():
+    (request,) = parse("If you are abroad, turn data roaming on.")
+    assert request.key == ("roaming", "on") and "abroad" in request.condition
+
+
+# -- behaviour on the phone ------------------------------------------------------------------------------------------
+
+
+def dialogue(task_parts: tuple[str, ...], *texts: str) -> tuple[list[str], list[str], str]:
+    """(customer's texts after its opening, names of its phone actions, its opening)."""
+    task = next(t for t in load_tasks("telecom", "full") if all(part in t.id for part in task_parts))
+
+    class Says:
+        async def start(self, messages, tools):
+            self.texts = list(texts)
+
+        async def act(self, new_messages):
+            return AgentTurn(content=self.texts.pop(0) if self.texts else "Okay.")
+
+    episode = asyncio.run(run_episode(task, Says(), SHORT))
+    said = [m.content for m in episode.simulation.messages if m.role == "user" and not m.tool_calls]
+    done = [c.name for m in episode.simulation.messages if m.role == "user" for c in m.tool_calls or []]
+    return said[1 : 1 + len(texts)], done, said[0]
+
+
+def test_opening_gives_problem_name_number_and_place():
+    _, _, opening = dialogue(("[mms_issue]", "user_abroad_roaming_disabled_on"))
+    assert opening == "I can't send MMS messages. I'm John Smith, 555-123-2002, abroad in France."
+
+
+def test_switches_are_never_toggled_blindly():
+    said, done, _ = dialogue(("[service_issue]unseat_sim_card[",), "Please turn airplane mode off.")
+    assert said == ["Airplane mode is already off."] and "toggle_airplane_mode" not in done
+
+
+def test_conditions_are_looked_at_first():
+    said, done, _ = dialogue(
+        ("[mobile_data_issue]data_saver_mode_on[",),
+        "If the VPN is on, disconnect it. If you are abroad, turn roaming on.",
+        "If Data Saver is on, turn it off, then run a speed test.",
+    )
+    assert said[0] == "VPN is off, I'm not abroad." and "toggle_roaming" not in done and "disconnect_vpn" not in done
+    assert "toggle_data_saver_mode" in done and said[1].endswith("###STOP###")
+
+
+def test_a_condition_on_the_outcome_is_tried_in_between():
+    said, done, _ = dialogue(
+        ("[service_issue]break_apn_settings[",),
+        "Restart your phone. If there is still no signal, reset your APN settings and restart.",
+    )
+    assert done.count("reboot_device") == 2 and said[0].endswith("###STOP###")
+
+
+def test_off_and_on_again_ends_on():
+    said, _, _ = dialogue(
+        ("[mms_issue]bad_wifi_calling[",), "Turn mobile data off and then on again. Check your network status."
+    )
+    assert "mobile data is on" in said[0]
+
+
+def test_reports_come_from_the_phone():
+    said, _, _ = dialogue(
+        ("[mms_issue]", "airplane_mode_on|bad_network_preference|bad_wifi_calling|break_apn_mms_setting["),
+        "Please check your network status.",
+        "Check network mode, Wi-Fi calling, messaging permissions and APN settings.",
+        "What is your name? Are you abroad?",
+    )
+    assert said[0] == "Airplane mode is on, SIM is active, no signal, mobile data is on, roaming is off."
+    assert said[1] == (
+        "Network mode is 2G only, Wi-Fi calling is on, SMS permission is on, storage permission is on, "
+        "APN is internet, MMSC is not set."
+    )
+    assert said[2] == "I'm John Smith, 555-123-2002, I'm at home in the United States."
+
+
+def test_offers_are_answered_from_the_scenario():
+    said, _, _ = dialogue(
+        ("[mobile_data_issue]data_usage_exceeded[",),
+        "Would you like to refuel 2 GB for $4.00?",
+        "Would you like to change your plan?",
+    )
+    assert said == ["Yes, please refuel 2 GB.", "I don't want to change my plan."]
+
+
+def test_payment_needs_a_request():
+    said, done, _ = dialogue(("[service_issue]overdue_bill_suspension[",), "Please pay your bill.")
+    assert "make_payment" not in done and "no payment request" in said[0]
+
+
+def test_a_reset_without_a_restart_is_said_to_wait():
+    said, _, _ = dialogue(("[service_issue]break_apn_settings[",), "Please reset your APN settings.")
+    assert "next restart" in said[0] and "no signal" in said[0]
+
+
+def test_the_same_request_without_effect_ends_the_call():
+    said, _, _ = dialogue(("[mobile_data_issue]data_mode_off[",), *["Please run a speed test."] * 8)
+    assert said[1] == "Speed test: still no connection." and "###STOP###" in said[-1] and len(said) < 8
+
+
+def test_a_working_phone_ends_the_call_only_on_the_customers_own_terms():
+    """Data: only an excellent speed test ends the call. MMS: only a message that can be sent."""
+    said, _, _ = dialogue(("[mobile_data_issue]bad_vpn[",), "Run a speed test.")
+    assert "###" not in said[0]
+    said, _, _ = dialogue(("[mms_issue]bad_wifi_calling[",), "Run a speed test.")
+    assert said[0] == "Speed test: 220 Mbps, excellent."
+
+
+def test_command_line(capsys):
+    assert main(["--split", "small", "--agent", "teacher"]) == 0
+    assert "20/20 solved" in capsys.readouterr().out
+    assert main(["--split", "nope"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown split 'nope'")
