@@ -36,8 +36,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# Above this length the score matrix of plain attention costs more memory than it saves time on a CPU.
-PLAIN_ATTENTION_MAX = 2048
 
 
 class Linear(nn.Module):
@@ -293,14 +291,10 @@ def attend_paths(q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]]) -> T
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The last n positions of a sequence of m attend causally: q [n, kv, group, D], k and v [m, kv, D] -> [n, -1].
-
-    On a CPU the fused kernel's backward was measured several times slower than the plain matrix products,
-    which is why training there (up to PLAIN_ATTENTION_MAX tokens) spells them out.
-    """
+    """The last n positions of a sequence of m attend causally: q [n, kv, group, D], k and v [m, kv, D] -> [n, -1]."""
     (n, kv, group, dim), m = q.shape, len(k)
-    if q.device.type == "cpu" and q.requires_grad and m <= PLAIN_ATTENTION_MAX:
-        return plain_causal(q, k, v)
+    if q.device.type == "cpu" and q.requires_grad:
+        return BlockAttention.apply(q, k, v).reshape(n, -1)
     q = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
     k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril_(m - n)
@@ -308,15 +302,66 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[0].transpose(0, 1).reshape(n, -1)
 
 
-def plain_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend_causal` as two batched matrix products and a softmax."""
-    (n, kv, group, dim), m = q.shape, len(k)
-    q = q.permute(1, 2, 0, 3).reshape(kv, group * n, dim) * dim**-0.5
-    future = torch.ones(n, m, dtype=torch.bool, device=q.device).triu_(1 + m - n)
-    scores = torch.bmm(q, k.permute(1, 2, 0)).view(kv, group, n, m).masked_fill_(future, float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype).view(kv, group * n, m)
-    out = torch.bmm(weights, v.transpose(0, 1)).view(kv, group, n, dim)
-    return out.permute(2, 0, 1, 3).reshape(n, -1)
+class BlockAttention(torch.autograd.Function):
+    """`attend_causal` for training on a CPU, where the fused kernel's backward was measured several times slower.
+
+    Plain matrix products over blocks of ATTENTION_ROWS queries, so that a block's scores stay in cache. Nothing of
+    size n x m is kept: the backward pass computes the scores again (FlashAttention, arXiv 2205.14135, section 3.1).
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.permute(1, 0, 2, 3) * q.shape[-1] ** -0.5, k.transpose(0, 1), v.transpose(0, 1)
+        out, sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        for rows, keys in _blocks(q, k):
+            scores = _scores(q[:, rows], k[:, keys])
+            sums[:, rows] = scores.logsumexp(-1).view_as(sums[:, rows])
+            weights = (scores - sums[:, rows].reshape(*scores.shape[:2], 1)).exp_().to(v.dtype)
+            out[:, rows] = torch.bmm(weights, v[:, keys]).view_as(out[:, rows])
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out.transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, sums = ctx.saved_tensors
+        grad = grad.transpose(0, 1)
+        inner = (grad * out).sum(-1)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, keys in _blocks(q, k):
+            q_rows, grad_rows = _flat(q[:, rows]), _flat(grad[:, rows])
+            scores = _scores(q[:, rows], k[:, keys])
+            weights = scores.sub_(sums[:, rows].reshape(*scores.shape[:2], 1)).exp_().to(v.dtype)
+            dv[:, keys] += torch.bmm(weights.transpose(1, 2), grad_rows)
+            scores = torch.bmm(grad_rows, v[:, keys].transpose(1, 2))
+            scores.sub_(inner[:, rows].reshape(*scores.shape[:2], 1)).mul_(weights)
+            dq[:, rows] = torch.bmm(scores, k[:, keys]).view_as(dq[:, rows])
+            dk[:, keys] += torch.bmm(scores.transpose(1, 2), q_rows)
+        return (dq * q.shape[-1] ** -0.5).transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
+
+
+ATTENTION_ROWS = 128
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Blocks of query rows, each with the keys that its last row sees."""
+    n, m = q.shape[1], k.shape[1]
+    for start in range(0, n, ATTENTION_ROWS):
+        end = min(start + ATTENTION_ROWS, n)
+        yield slice(start, end), slice(0, m - n + end)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """fp32 scores [kv, r * group, j] of r scaled query rows [kv, r, group, D] that end where the j keys end."""
+    r, group, j = q.shape[1], q.shape[2], k.shape[1]
+    scores = torch.bmm(_flat(q), k.transpose(1, 2)).float()
+    future = torch.ones(r, r, dtype=torch.bool, device=q.device).triu_(1)
+    scores.view(-1, r, group, j)[..., j - r :].masked_fill_(future[:, None], float("-inf"))
+    return scores
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[kv, rows, group, D] -> [kv, rows * group, D]."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def head_dim(config) -> int:

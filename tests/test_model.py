@@ -10,11 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from slime_local.errors import UsageError
 from slime_local.model import (
-    PLAIN_ATTENTION_MAX,
     attend_causal,
     check_hf_folder,
     load_model,
-    plain_causal,
     save_hf,
     share_prefixes,
 )
@@ -131,10 +129,24 @@ def test_bf16_compute_keeps_fp32_parameters_and_sees_new_weights(folder):
     assert not torch.allclose(before, after)
 
 
-def test_plain_attention_equals_the_fused_one():
-    q, k, v = torch.randn(33, 2, 3, 8), torch.randn(33, 2, 8), torch.randn(33, 2, 8)
-    torch.testing.assert_close(plain_causal(q, k, v), attend_causal(q, k, v), atol=1e-5, rtol=1e-5)
-    assert PLAIN_ATTENTION_MAX > 33
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (33, 33), (200, 200), (128, 300), (150, 151), (1, 40)])
+def test_block_attention_equals_the_fused_one_with_its_gradients(n, m):
+    q, k, v = torch.randn(n, 2, 3, 8), torch.randn(m, 2, 8), torch.randn(m, 2, 8)
+    weight = torch.randn(n, 48)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    blocks = attend_causal(*leaves)
+    (blocks * weight).sum().backward()
+    mask = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+    plain = [x.double().requires_grad_() for x in (q, k, v)]
+    scores = torch.einsum("nkgd,mkd->kgnm", plain[0], plain[1]) * 8**-0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    expected = torch.einsum("kgnm,mkd->nkgd", weights, plain[2]).reshape(n, -1)
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(blocks.double(), expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(attend_causal(q, k, v).double(), expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(leaves, plain, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
