@@ -59,6 +59,7 @@ from tau2_teacher import AGENTS, AlwaysTransfer
 
 CHECKPOINT = "checkpoint"
 TRIES = 3  # of an episode that the machinery broke
+ANSWER_SECONDS = 10  # of a server to a question about itself
 SERVER_MINUTES = 20  # to load and answer
 LOG_LINES = 20  # of a server that died
 PROGRESS_SECONDS = 30  # between lines in a log
@@ -456,7 +457,7 @@ def _get_json(url: str) -> dict | None:
     """The JSON object at `url`; None for an HTTP error or another answer."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=10) as response:
+        with opener.open(url, timeout=ANSWER_SECONDS) as response:
             value = json.loads(response.read())
     except (urllib.error.HTTPError, ValueError):
         return None
@@ -523,7 +524,7 @@ def wait_until_ready(server: Server) -> None:
             raise BadInput(server.last_words())
         with contextlib.suppress(OSError):
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(f"{server.url}/health", timeout=10):
+            with opener.open(f"{server.url}/health", timeout=ANSWER_SECONDS):
                 return
         waited = time.monotonic() - began
         if waited > SERVER_MINUTES * 60:

@@ -1,0 +1,303 @@
+"""The evaluator through its command line and against a stand-in server: numbers, resuming, and what it refuses."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_generate import FakeModel, serving
+
+import evaluate_tau2
+from evaluate_tau2 import choose_tasks, main, task_stderr
+from openai_tool_adapter import load_chat_template
+from tau2_teacher import AlwaysTransfer
+
+SCRIPT = "examples/tau-bench/evaluate_tau2.py"
+ORIGINAL_KEYS = (
+    "checkpoint domain task_split total_tasks successes pass_at_1 avg_reward avg_steps avg_partial_score results"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handler():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def model(tiny_model_dir):
+    return FakeModel(load_chat_template(str(tiny_model_dir)), model_path=str(tiny_model_dir))
+
+
+@pytest.fixture
+def evaluate(model, tiny_model_dir, tmp_path):
+    """Runs main() against the stand-in; gives (exit code, result or None)."""
+    output = tmp_path / "eval.json"
+    with serving(model) as (_, port):
+
+        def run(*flags, agent="checkpoint"):
+            server = ["--checkpoint", str(tiny_model_dir), "--sglang-port", str(port)] if agent == "checkpoint" else []
+            code = main([*server, "--agent", agent, "--prompt", "short", "--output-path", str(output), *flags])
+            return code, json.loads(output.read_text()) if output.exists() else None
+
+        run.output, run.rows = output, tmp_path / "eval.rows.jsonl"
+        yield run
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("agent, successes, partial", [("teacher", 40, 1.0), ("always-transfer", 12, 0.3)])
+def test_scripted_agents_on_the_40_test_tasks(run_script, tmp_path, agent, successes, partial):
+    output = tmp_path / "out.json"
+    done = run_script(SCRIPT, "--agent", agent, "--output-path", output)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert set(ORIGINAL_KEYS) <= set(result)
+    assert (result["total_tasks"], result["successes"], result["pass_at_1"]) == (40, successes, successes / 40)
+    assert result["avg_reward"] == result["pass_at_1"] and result["avg_partial_score"] == pytest.approx(partial)
+    assert result["floor_always_transfer"] == 0.3 and result["customer"]["kind"] == "scripted"
+    assert sum(kind["total"] for kind in result["by_issue_type"].values()) == len(result["results"]) == 40
+    assert sum(result["end_reasons"].values()) == 40
+    for shown in (f"{successes / 40:.3f}", "floor 0.300", "scripted", "official prompt"):
+        assert shown in done.stdout
+
+
+def test_a_checkpoint_that_says_what_the_teacher_says(evaluate, model, capsys):
+    code, result = evaluate("--num-tasks", "8")
+    assert code == 0 and result["pass_at_1"] == 1.0 and result["total_tasks"] == 8
+    assert not model.broken_prefixes
+    assert set(result["by_issue_type"]) == {"mms_issue", "mobile_data_issue", "service_issue"}
+    assert result["tokens"]["generated"] > 0 and result["tokens"]["cached"] > 0
+    assert {request["sampling_params"]["temperature"] for request in model.requests} == {0.0}
+    assert all("sampling_seed" not in request["sampling_params"] for request in model.requests)
+    assert "8/8" in capsys.readouterr().out
+
+
+def test_the_model_and_not_the_harness_decides(evaluate, model):
+    model.agent = AlwaysTransfer
+    code, result = evaluate("--num-tasks", "10")
+    assert code == 0 and result["pass_at_1"] == result["floor_always_transfer"] < 1.0
+
+
+def test_trials_are_sampled_with_seeds_of_their_own(evaluate, model):
+    code, result = evaluate("--num-tasks", "2", "--num-trials", "2", "--temperature", "0.7")
+    assert code == 0 and result["total_episodes"] == 4 and result["total_tasks"] == 2
+    first_turns = {
+        request["sampling_params"]["sampling_seed"]
+        for request in model.requests
+        if len(request["input_ids"]) == min(len(r["input_ids"]) for r in model.requests)
+    }
+    assert len({(row["task_id"], row["trial"]) for row in rows_of(evaluate.rows)}) == 4 and first_turns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_infrastructure_failure_is_tried_again(evaluate, model, monkeypatch):
+    monkeypatch.setattr("generate_with_tau.FIRST_WAIT", 0.01)
+    model.behave = lambda number, payload: 400 if number == 2 else None
+    code, result = evaluate("--num-tasks", "3")
+    assert code == 0 and result["pass_at_1"] == 1.0
+
+
+def test_what_stays_broken_makes_the_run_incomplete_and_resuming_runs_only_that(evaluate, model, capsys):
+    def refuse_from_the_third_task(number, payload):
+        return 400 if number > 12 else None
+
+    model.behave = refuse_from_the_third_task
+    code, result = evaluate("--num-tasks", "4", "--max-concurrency", "1")
+    assert code == 1 and result is None
+    captured = capsys.readouterr()
+    assert "incomplete" in captured.err and "pass@1" not in captured.out
+    there = {row["task_id"] for row in rows_of(evaluate.rows)}
+    assert 0 < len(there) < 4
+    model.behave = lambda number, payload: None
+    before = len(model.sessions)
+    code, result = evaluate("--num-tasks", "4", "--max-concurrency", "1")
+    assert code == 0 and result["pass_at_1"] == 1.0 and len(result["results"]) == 4
+    assert len(model.sessions) - before == 4 - len(there)
+
+
+def test_a_complete_run_is_not_run_again(evaluate, model):
+    _, first = evaluate("--num-tasks", "2")
+    calls = len(model.requests)
+    _, second = evaluate("--num-tasks", "2")
+    assert len(model.requests) == calls and first["results"] == second["results"]
+
+
+def test_a_torn_last_row_is_owed_again(evaluate):
+    _, first = evaluate("--num-tasks", "3", agent="teacher")
+    text = evaluate.rows.read_text()
+    evaluate.rows.write_text(text[:-100])
+    code, second = evaluate("--num-tasks", "3", agent="teacher")
+    assert code == 0 and second["pass_at_1"] == first["pass_at_1"]
+    assert len(rows_of(evaluate.rows)) == 3
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, tiny_model_dir, model):
+    """SIGKILL in the middle; then the same command."""
+    model.delay = 0.05
+    output = tmp_path / "eval.json"
+    with serving(model) as (_, port):
+        flags = ["--checkpoint", tiny_model_dir, "--sglang-port", port, "--prompt", "short", "--num-tasks", 6]
+        flags += ["--max-concurrency", 1, "--output-path", output]
+        command = [sys.executable, SCRIPT, *map(str, flags)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent)
+        rows = tmp_path / "eval.rows.jsonl"
+        deadline = time.monotonic() + 60
+        while not (rows.exists() and len(rows.read_text().splitlines()) > 2):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        there = len(rows_of(rows))
+        assert 0 < there < 6 and not output.exists()
+        model.delay = 0.0
+        assert main(list(map(str, flags))) == 0
+    result = json.loads(output.read_text())
+    assert result["pass_at_1"] == 1.0 and len(result["results"]) == 6
+    assert max(row["run"] for row in rows_of(rows)) == 1
+
+
+@pytest.mark.parametrize("flags", [["--seed", "1"], ["--max-steps", "100"], ["--user", "gpt-4.1-mini"]])
+def test_rows_of_other_settings_are_refused_and_untouched(evaluate, capsys, flags):
+    evaluate("--num-tasks", "2", agent="teacher")
+    before = evaluate.rows.read_bytes(), evaluate.output.read_bytes()
+    code, _ = evaluate("--num-tasks", "2", *flags, agent="teacher")
+    assert code == 2 and flags[0].strip("-").replace("-", "_") in capsys.readouterr().err
+    assert (evaluate.rows.read_bytes(), evaluate.output.read_bytes()) == before
+
+
+def test_another_checkpoint_under_the_same_path_is_noticed(evaluate, tiny_model_dir, capsys, monkeypatch):
+    evaluate("--num-tasks", "2")
+    monkeypatch.setattr(evaluate_tau2, "fingerprint", lambda folder: "other weights")
+    code, _ = evaluate("--num-tasks", "2")
+    assert code == 2 and "model" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def folder_with(tmp_path, *names):
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("12" if name.endswith(".txt") else "{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "files, folder, named",
+    [
+        ([], "nowhere", ["no such folder"]),
+        (["iter_0000012/common.pt"], "iter_0000012", ["convert_torch_dist_to_hf.py --input-dir", "--origin-hf-dir"]),
+        (["x/__0_0.distcp"], "x", ["convert_torch_dist_to_hf.py --input-dir"]),
+        (["run/latest_checkpointed_iteration.txt"], "run", ["convert_torch_dist_to_hf.py", "run/iter_0000012"]),
+        (["hf/config.json"], "hf", ["no weights", "no a tokenizer"]),
+        (["hf/model.safetensors", "hf/tokenizer.json"], "hf", ["no config.json"]),
+    ],
+)
+def test_what_is_no_hf_folder_is_refused_with_the_converting_command(run_script, tmp_path, files, folder, named):
+    folder_with(tmp_path, *files)
+    output = tmp_path / "out.json"
+    began = time.monotonic()
+    done = run_script(SCRIPT, "--checkpoint", tmp_path / folder, "--output-path", output)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert all(part in done.stderr for part in named), done.stderr
+    assert not list(tmp_path.glob("out*")) and time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--agent", "checkpoint"], "--checkpoint"),
+        (["--agent", "teacher", "--domain", "telecoms"], "telecom"),
+        (["--agent", "teacher", "--task-split", "tests"], "test"),
+        (["--agent", "teacher", "--num-tasks", "41"], "40 tasks"),
+        (["--agent", "teacher", "--num-tasks", "0"], "40 tasks"),
+        (["--agent", "teacher", "--num-trials", "0"], "--num-trials"),
+        (["--agent", "teacher", "--max-steps", "0"], "max_steps"),
+        (["--agent", "teacher", "--temperature", "-1"], "--temperature"),
+    ],
+)
+def test_bad_flags(tmp_path, capsys, flags, named):
+    assert main([*flags, "--output-path", str(tmp_path / "out.json")]) == 2
+    assert named in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_does_not_exist_and_a_foreign_output(tmp_path, capsys):
+    assert main(["--agent", "teacher", "--output-path", str(tmp_path / "no" / "out.json")]) == 2
+    (tmp_path / "out.json").write_text("mine")
+    assert main(["--agent", "teacher", "--output-path", str(tmp_path / "out.json")]) == 2
+    assert "choose another" in capsys.readouterr().err and (tmp_path / "out.json").read_text() == "mine"
+
+
+def test_a_server_of_another_model_is_refused(evaluate, model, capsys):
+    model.model_path = "/models/other"
+    code, result = evaluate("--num-tasks", "1")
+    assert code == 2 and result is None and "/models/other" in capsys.readouterr().err
+
+
+def test_a_port_that_something_else_holds_is_refused(tmp_path, tiny_model_dir, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate_tau2, "ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        flags = ["--checkpoint", str(tiny_model_dir), "--output-path", str(tmp_path / "out.json")]
+        assert main([*flags, "--sglang-port", str(other.getsockname()[1])]) == 2
+    assert "is taken" in capsys.readouterr().err
+
+
+def test_a_server_address_where_nothing_answers(tmp_path, tiny_model_dir, unused_tcp_port, capsys):
+    flags = ["--checkpoint", str(tiny_model_dir), "--output-path", str(tmp_path / "out.json")]
+    assert main([*flags, "--server-address", f"127.0.0.1:{unused_tcp_port}"]) == 2
+    assert "no server answers" in capsys.readouterr().err
+    assert main([*flags, "--server-address", "localhost"]) == 2
+    assert "HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_server_is_started_for_the_checkpoint_and_stopped_again(
+    run_script, tmp_path, tiny_model_dir, unused_tcp_port
+):
+    """The one-machine server with random weights: no success, but every part of the way is real."""
+    output = tmp_path / "out.json"
+    flags = ["--checkpoint", tiny_model_dir, "--sglang-port", unused_tcp_port, "--prompt", "short"]
+    flags += ["--num-tasks", 2, "--max-turn-tokens", 8, "--output-path", output]
+    done = run_script(SCRIPT, *flags, timeout=300)
+    assert done.returncode == 0, done.stderr + (tmp_path / "out.server.log").read_text()
+    result = json.loads(output.read_text())
+    assert result["pass_at_1"] == 0.0 and result["end_reasons"] == {"response_cut": 2}
+    assert result["tokens"]["generated"] == 16
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", unused_tcp_port), timeout=1)
+
+
+def test_a_server_that_dies_shows_its_last_words(tmp_path, tiny_model_dir, unused_tcp_port, capsys, monkeypatch):
+    words = [sys.executable, "-c", "print('out of memory, sorry'); raise SystemExit(3)"]
+    monkeypatch.setattr(evaluate_tau2, "server_command", lambda args: (words, dict(os.environ)))
+    flags = ["--checkpoint", str(tiny_model_dir), "--output-path", str(tmp_path / "out.json")]
+    assert main([*flags, "--sglang-port", str(unused_tcp_port)]) == 2
+    assert "out of memory, sorry" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_are_chosen_evenly():
+    assert choose_tasks(list(range(40)), 4) == [0, 10, 20, 30]
+    assert choose_tasks(list(range(40)), 40) == choose_tasks(list(range(40)), None) == list(range(40))
+
+
+def test_the_error_is_clustered_by_task():
+    rows = [{"task_id": task, "solved": task == "a"} for task in ("a", "b") for _ in range(50)]
+    assert task_stderr(rows) == pytest.approx(0.5)
+    assert task_stderr(rows[:50]) is None
