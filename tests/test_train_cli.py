@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -223,6 +225,73 @@ def test_where_slime_is_installed_its_own_train_py_gets_the_flags(folder, tiny_m
     assert result.returncode == 2 and "slime got" not in result.stdout
     result = train(folder, "--host", "slime", *words)
     assert result.returncode == 2 and "slime is not installed" in result.stderr
+
+
+# ---- Ray -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ray_address(folder: Path):
+    """The address of a Ray head that lives for one test."""
+    pytest.importorskip("ray", reason="ray is not installed (pip install '.[ray]')")
+    ports = free_ports(3)
+    temporary = f"/tmp/ray-{os.getpid()}"  # short, because Ray's socket paths are limited to 107 bytes
+    words = ["start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={temporary}"]
+    words += [f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"]
+    log = (folder / "ray.log").open("w")
+    process = subprocess.Popen(ray(*words), env=environment(folder), stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{ports[1]}"
+    try:
+        wait_until_it_answers(f"{address}/api/version", process, seconds=90)
+        yield address
+    finally:
+        end_group(process)
+        log.close()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End a process and what it started: asked first, then without asking."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ray(*words: str) -> list[str]:
+    return [sys.executable, "-m", "ray.scripts.scripts", *words]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def wait_until_it_answers(url: str, process: subprocess.Popen, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            assert process.poll() is None and time.monotonic() < end, f"{url} does not answer"
+            time.sleep(0.2)
+
+
+def test_ray_submits_it_as_a_job(folder, tiny_model_dir, ray_address):
+    words = sft_command(tiny_model_dir, "--prompt-data", folder / "sft.jsonl")
+    job = [*ray("job", "submit", "--address", ray_address, "--"), *command("--host", "local", *words)]
+    result = subprocess.run(job, env=environment(folder), capture_output=True, text=True, timeout=200, check=False)
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    assert "rollout 2/2: loss" in said and "succeeded" in said
 
 
 # ---- Training ------------------------------------------------------------------------------------------------
