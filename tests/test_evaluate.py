@@ -265,7 +265,7 @@ def test_a_server_address_where_nothing_answers(tmp_path, tiny_model_dir, unused
     assert "HOST:PORT" in capsys.readouterr().err
 
 
-def test_a_server_is_started_for_the_checkpoint_and_stopped_again(
+def test_a_server_is_started_and_stopped_again(run_script, tmp_path, tiny_model_dir, unused_tcp_port):
     run_script, tmp_path, tiny_model_dir, unused_tcp_port
 ):
     """The one-machine server with random weights: no success, but every part of the way is real."""

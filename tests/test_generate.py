@@ -8,10 +8,10 @@ import pytest
 from fake_generate import FakeModel, serving
 
 import generate_with_tau
-from generate_with_tau import TokenAgent, TokenLimits, close_session, generate
+from generate_with_tau import TokenAgent, TokenLimits, check_args, close_session, generate
 from openai_tool_adapter import ChatTemplate, load_chat_template
 from slime_local.sample import Sample
-from tau2_episode import EpisodeConfig, issue_type, load_tasks, run_episode
+from tau2_episode import BadInput, EpisodeConfig, issue_type, load_tasks, run_episode
 
 TASKS = {issue_type(task.id): task for task in load_tasks("telecom", "test")}
 PARAMS = {"temperature": 0.7, "max_new_tokens": 4096, "stop_token_ids": None, "no_stop_trim": True}
@@ -252,6 +252,21 @@ async def test_a_mistake_in_the_settings_is_named_and_nothing_is_raised(args, ch
     sample = await generate(args, make_sample(), PARAMS)
     assert_removed(sample)
     assert named in sample.metadata["tau2"]["bad_input"]
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"tau2_promt": "short"}, "tau2_promt"),
+        ({"tau2_prompt": "shrt"}, "shrt"),
+        ({"partial_rollout": True}, "partial-rollout"),
+        ({"tau2_data": "/no/such.jsonl"}, "/no/such.jsonl"),
+    ],
+)
+def test_settings_can_be_checked_before_a_rollout(change, named):
+    check_args(SimpleNamespace(tau2_prompt="short", tau2_max_turn_tokens=96))
+    with pytest.raises(BadInput, match=named):
+        check_args(SimpleNamespace(**change))
 
 
 async def test_slimes_contract_with_bare_args():

@@ -14,7 +14,7 @@ Settings are attributes of slime's args, set in the YAML of --custom-config-path
     tau2_data: null                  tasks JSONL, for rows whose metadata hold no task
     tau2_retries: 1                  new tries of an episode that the machinery broke
     tau2_generate_timeout: 900       seconds for one /generate call
-    tau2_partial_alpha: 0.5          see tau2_reward_shaping.py
+    tau2_partial_alpha: 0.5          and tau2_partial_matching: see tau2_reward_shaping.py
 
 --rollout-max-response-len bounds the whole response of a sample (the agent's turns and what came between them), and
 --rollout-max-context-len prompt and response together; both are checked before each call. What reaches a limit ends as
@@ -318,9 +318,8 @@ async def generate(args: Any, sample: Any, sampling_params: dict, evaluation: bo
 
 
 async def _generate(args: Any, sample: Any, sampling_params: dict, evaluation: bool) -> Any:
-    if getattr(args, "partial_rollout", False):
-        raise BadInput("--partial-rollout cannot be used: an episode cannot go on in another environment")
-    config, task = episode_config(args, sample), find_task(args, sample)
+    _refuse_partial_rollout(args)
+    config, task = episode_config(args, sample.metadata or {}), find_task(args, sample)
     began = time.perf_counter()
     for _ in range(1 + int(getattr(args, "tau2_retries", 1))):
         agent = _make_agent(args, sample, sampling_params, evaluation)
@@ -332,11 +331,41 @@ async def _generate(args: Any, sample: Any, sampling_params: dict, evaluation: b
     return _finish(args, sample, agent, episode)
 
 
-def episode_config(args: Any, sample: Any) -> EpisodeConfig:
-    """The episode's settings from args and the row."""
+def check_args(args: Any) -> None:
+    """What can be told before a rollout starts; a driver that checks its command calls this. Raises BadInput."""
+    known = {
+        "domain",
+        "prompt",
+        "user",
+        "user_args",
+        "max_steps",
+        "max_errors",
+        "max_turn_tokens",
+        "redraw_ids",
+        "data",
+    }
+    known |= {"retries", "generate_timeout", "partial_alpha", "partial_matching"}
+    unknown = [name for name in vars(args) if name.startswith("tau2_") and name.removeprefix("tau2_") not in known]
+    if unknown:
+        raise BadInput(
+            f"unknown setting(s) {', '.join(unknown)}; known: {', '.join(f'tau2_{n}' for n in sorted(known))}"
+        )
+    _refuse_partial_rollout(args)
+    episode_config(args, {}).validate()
+    if getattr(args, "tau2_data", None):
+        _tasks_by_index(str(args.tau2_data))
+
+
+def _refuse_partial_rollout(args: Any) -> None:
+    if getattr(args, "partial_rollout", False):
+        raise BadInput("--partial-rollout cannot be used: an episode cannot go on in another environment")
+
+
+def episode_config(args: Any, metadata: dict) -> EpisodeConfig:
+    """The episode's settings from args and the row's metadata."""
     user_args = getattr(args, "tau2_user_args", None) or {}
     return EpisodeConfig(
-        domain=(sample.metadata or {}).get("domain") or getattr(args, "tau2_domain", "telecom"),
+        domain=metadata.get("domain") or getattr(args, "tau2_domain", "telecom"),
         prompt=getattr(args, "tau2_prompt", "official"),
         user=getattr(args, "tau2_user", "scripted"),
         user_args=json.loads(user_args) if isinstance(user_args, str) else dict(user_args),

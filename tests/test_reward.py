@@ -1,0 +1,283 @@
+"""The shaped reward: weights, groups, and that no known exploit of the official action check earns anything."""
+
+import asyncio
+import json
+import statistics
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slime_local.sample import Sample
+from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, load_tasks, run_episode, sound_matches
+from tau2_reward_shaping import (
+    episode_metrics,
+    log_eval_rollout,
+    log_rollout,
+    partial_score,
+    shaped_reward,
+    tau2_reward_post_process,
+)
+from tau2_teacher import DoNothing, ScriptedTeacher
+
+
+def checks(action=(), communicate=(), assertion=()):
+    return {
+        "action_checks": [{"name": "f", "sound": met, "official": True} for met in action],
+        "communicate_checks": [{"info": "x", "met": met} for met in communicate],
+        "env_assertions": [{"func_name": "f", "met": met} for met in assertion],
+    }
+
+
+def sample(reward=0.0, group=0, action=(True,), status="COMPLETED", removed=False, **record):
+    record = {"checks": checks(action), "end_reason": "user_stop", "reward": reward, "solved": reward == 1, **record}
+    record = {"agent_turns": 2, "steps": 5, "tool_errors": 1, "agent_seconds": 3.0, "user_seconds": 1.0, **record}
+    return Sample(
+        group_index=group,
+        reward=reward,
+        status=Sample.Status[status],
+        remove_sample=removed,
+        metadata={"tau2": record},
+        non_generation_time=1.5,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given_checks, score",
+    [
+        (checks([True], [True], [True]), 1.0),
+        (checks([True], [False], [False]), 0.7),
+        (checks([False], [True], [False]), 0.1),
+        (checks([False], [False], [True]), 0.2),
+        (checks([True, False], [], [False]), 0.35 / 0.9),
+        (checks([], [], [True, False]), 0.5),
+        (checks(), 0.0),
+        (None, 0.0),
+    ],
+)
+def test_weights_are_renormalised_over_the_kinds_that_a_task_has(given_checks, score):
+    assert partial_score(given_checks) == pytest.approx(score)
+
+
+def test_official_matching_is_selectable_and_others_are_refused():
+    assert partial_score(checks([False, False]), "official") == 1.0
+    with pytest.raises(ValueError, match="sound, official"):
+        partial_score(checks(), "tau2")
+
+
+def test_shaped_reward_is_reward_plus_half_of_partial():
+    assert shaped_reward(1.0, checks([True])) == 1.5
+    assert shaped_reward(0.0, checks([True, False])) == 0.25
+    assert shaped_reward(0.0, checks([True]), alpha=0.2) == 0.2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Turns:
+    """An agent that says what it was given, then repeats its last turn."""
+
+    def __init__(self, turns):
+        self.turns = list(turns)
+
+    async def start(self, messages, tools):
+        self.tools = tools
+
+    async def act(self, new_messages):
+        return self.turns.pop(0) if len(self.turns) > 1 else self.turns[0]
+
+
+def gold(task):
+    return [AgentToolCall(action.name, dict(action.arguments)) for action in task.evaluation_criteria.actions]
+
+
+def empty_calls(task):
+    return [AgentTurn(tool_calls=[AgentToolCall(name) for name in sorted({call.name for call in gold(task)})] * 2)]
+
+
+def customers_tools(task):
+    actions = [action for action in task.evaluation_criteria.actions if action.requestor == "user"]
+    return [AgentTurn(tool_calls=[AgentToolCall(a.name, dict(a.arguments)) for a in actions])]
+
+
+def failing_calls(task):
+    calls = [AgentToolCall(call.name, {**call.arguments, "customer_id": "C0"}) for call in gold(task)]
+    return [AgentTurn(tool_calls=calls)]
+
+
+def toggles(task):
+    """Calls that switch something on the phone; tau2's own gym adapter carries them out when the agent writes them."""
+    calls = [call for call in gold(task) if call.name.startswith("toggle_")]
+    return calls or [AgentToolCall("toggle_airplane_mode")]
+
+
+def json_as_text(task):
+    calls = [{"name": c.name, "arguments": c.arguments, "requestor": "user"} for c in toggles(task)]
+    return [AgentTurn(content="\n".join(map(json.dumps, calls)))]
+
+
+def tool_call_tags_as_text(task):
+    calls = [{"name": c.name, "arguments": c.arguments} for c in toggles(task)]
+    return [AgentTurn(content=f"<tool_call>{json.dumps(call)}</tool_call>") for call in calls]
+
+
+async def play(task, agent):
+    return await run_episode(task, agent, EpisodeConfig(max_steps=60))
+
+
+@pytest.mark.parametrize(
+    "exploit, fools_official",
+    [
+        (empty_calls, True),
+        (customers_tools, True),
+        (failing_calls, True),
+        (json_as_text, False),
+        (tool_call_tags_as_text, False),
+    ],
+)
+async def test_exploits_earn_no_more_than_doing_nothing(exploit, fools_official):
+    """The ones that the official matcher falls for are shown to be real."""
+    tasks = [task for task in load_tasks("telecom", "test") if gold(task)][::3]
+    official = 0
+    for task in tasks:
+        episode, idle = await play(task, Turns(exploit(task))), await play(task, DoNothing())
+        assert episode.reward == 0.0
+        assert not any(check["sound"] for check in episode.checks["action_checks"]), task.id
+        assert partial_score(episode.checks) <= partial_score(idle.checks), task.id
+        official += sum(check["official"] for check in episode.checks["action_checks"])
+    assert bool(official) == fools_official
+
+
+async def test_one_call_counts_once():
+    action = SimpleNamespace(name="f", requestor="assistant", arguments={"x": 1}, compare_args=None)
+    call = SimpleNamespace(id="1", name="f", requestor="assistant", arguments={"x": 1})
+    message = SimpleNamespace(role="assistant", tool_calls=[call])
+    assert sound_matches([action, action], [message]) == [True, False]
+
+
+async def test_the_teacher_gets_all_of_it_and_a_truncated_episode_keeps_its_share():
+    task = next(t for t in load_tasks("telecom", "test") if "mms" in t.id and len(gold(t)) > 3)
+    done = await run_episode(task, ScriptedTeacher(), EpisodeConfig())
+    cut = await run_episode(task, ScriptedTeacher(), EpisodeConfig(max_steps=done.steps - 4))
+    assert shaped_reward(done.reward, done.checks) == 1.5
+    assert cut.reward == 0.0 and 0.0 < partial_score(cut.checks) <= 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_slimes_contract_with_bare_args_and_bare_samples():
+    samples = [
+        Sample(index=i, reward=r, tokens=[1, 2], response_length=2, status=Sample.Status.COMPLETED, loss_mask=[1, 1])
+        for i, r in enumerate((0.5, 1.5))
+    ]
+    raw, rewards = tau2_reward_post_process(type("Args", (), {})(), samples)
+    assert raw == [0.5, 1.5] and rewards == [0.0, 0.0]  # no group: nothing to compare with
+
+
+def test_groups_are_normalised_apart_and_uneven_groups_right():
+    args = SimpleNamespace(advantage_estimator="grpo", rewards_normalization=True, grpo_std_normalization=True)
+    samples = [sample(1.0, 0), sample(0.0, 1), sample(0.0, 0, (False,)), sample(1.0, 1), sample(0.0, 1)]
+    raw, rewards = tau2_reward_post_process(args, samples)
+    assert raw == [1.0, 0.0, 0.0, 1.0, 0.0]
+    first, second = [1.5, 0.0], [0.5, 1.5, 0.5]
+    expected = [(v - statistics.fmean(g)) / (statistics.stdev(g) + 1e-6) for g in (first, second) for v in g]
+    assert [rewards[0], rewards[2], rewards[1], rewards[3], rewards[4]] == pytest.approx(expected)
+
+
+def test_the_same_numbers_as_slimes_own_normalisation_on_even_groups():
+    torch = pytest.importorskip("torch")
+    samples = [sample(r, g) for g, rewards in enumerate([(1, 0, 0, 1), (0, 0, 0, 1)]) for r in map(float, rewards)]
+    rewards = torch.tensor([s.reward + 0.5 for s in samples]).reshape(2, 4)
+    rewards = rewards - rewards.mean(dim=-1, keepdim=True)
+    rewards = rewards / (rewards.std(dim=-1, keepdim=True) + 1e-6)
+    _, ours = tau2_reward_post_process(SimpleNamespace(), samples)
+    assert ours == pytest.approx(rewards.flatten().tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("gone", [{"status": "ABORTED"}, {"removed": True}])
+def test_what_holds_no_episode_gets_nothing_and_moves_nobody(gone):
+    samples = [sample(1.0), sample(0.0), sample(0.0, **gone)]
+    _, rewards = tau2_reward_post_process(SimpleNamespace(), samples)
+    _, without = tau2_reward_post_process(SimpleNamespace(), samples[:2])
+    assert rewards == [*without, 0.0]
+    assert tau2_reward_post_process(SimpleNamespace(), [sample(1.0), samples[2]])[1] == [0.0, 0.0]
+
+
+def test_normalisation_flags_are_honoured():
+    samples = [sample(1.0), sample(0.0, action=(False,))]
+    plain = SimpleNamespace(rewards_normalization=False)
+    assert tau2_reward_post_process(plain, samples)[1] == [1.5, 0.0]
+    assert tau2_reward_post_process(SimpleNamespace(advantage_estimator="ppo"), samples)[1] == [1.5, 0.0]
+    assert tau2_reward_post_process(SimpleNamespace(grpo_std_normalization=False), samples)[1] == [0.75, -0.75]
+    assert tau2_reward_post_process(SimpleNamespace(tau2_partial_alpha=0, rewards_normalization=False), samples)[
+        1
+    ] == [
+        1.0,
+        0.0,
+    ]
+
+
+def test_sample_reward_is_left_alone():
+    samples = [sample(1.0), sample(0.0)]
+    tau2_reward_post_process(SimpleNamespace(), samples)
+    assert [s.reward for s in samples] == [1.0, 0.0]
+
+
+def test_a_batch_lost_to_a_configuration_mistake_stops_the_run():
+    lost = [sample(status="ABORTED", removed=True, bad_input="no such domain") for _ in range(2)]
+    with pytest.raises(RuntimeError, match="no such domain"):
+        tau2_reward_post_process(SimpleNamespace(), lost)
+    tau2_reward_post_process(SimpleNamespace(), [*lost, sample(1.0)])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.booleans(), st.booleans()), max_size=12))
+def test_advantages_of_every_group_add_up_to_zero(rows):
+    samples = [
+        sample(float(solved), group, (met,), "ABORTED" if lost else "COMPLETED") for group, solved, met, lost in rows
+    ]
+    _, rewards = tau2_reward_post_process(SimpleNamespace(), samples)
+    assert len(rewards) == len(samples)
+    for group in range(4):
+        assert sum(r for r, s in zip(rewards, samples, strict=True) if s.group_index == group) == pytest.approx(
+            0, abs=1e-6
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_name_end_reasons_and_leave_lost_episodes_out_of_the_means():
+    samples = [
+        sample(1.0, issue_type="mms_issue"),
+        sample(0.0, action=(False,), issue_type="mms_issue", end_reason="max_steps"),
+        sample(1.0, issue_type="service_issue"),
+        sample(0.0, status="ABORTED", removed=True, end_reason="user_failed"),
+    ]
+    samples[3].metadata["tau2"]["reward"] = None
+    metrics = episode_metrics(SimpleNamespace(), samples)
+    assert metrics["stop/user_stop"] == 0.5 and metrics["stop/user_failed"] == 0.25
+    assert metrics["aborted"] == 1 and metrics["pass_rate"] == pytest.approx(2 / 3)
+    assert metrics["pass_rate/mms_issue"] == 0.5 and metrics["pass_rate/service_issue"] == 1.0
+    assert metrics["partial_score"] == pytest.approx(2 / 3) and metrics["tool_errors"] == 1
+    assert metrics["seconds/generation"] == 3.0 and metrics["seconds/other"] == 0.5
+
+
+def test_log_hooks_add_to_what_slime_logs_and_let_it_go_on():
+    args, extra, extra_eval = SimpleNamespace(), {"reward": 1.0}, {}
+    assert log_rollout(3, args, [Sample(index=0)], extra, 0.5) is False and args.logged_rollout_id == 3
+    assert extra == {"reward": 1.0, "rollout/stop/unknown": 1.0, "rollout/aborted": 0}
+    data = {"test": {"rewards": [1.0], "truncated": [False], "samples": [sample(1.0)]}}
+    assert log_eval_rollout(4, args, data, extra_eval) is False and args.logged_eval_rollout_id == 4
+    assert extra_eval["eval/test/pass_rate"] == 1.0
+    assert log_eval_rollout(4, args, data, None) is False
+
+
+def test_partial_score_reads_what_run_episode_writes():
+    task = load_tasks("telecom", "test")[0]
+    episode = asyncio.run(run_episode(task, DoNothing(), EpisodeConfig()))
+    assert set(episode.checks) == {"action_checks", "communicate_checks", "env_assertions", "reward_basis"}
