@@ -19,7 +19,7 @@ from typing import Any
 from slime_local.checkpoint import find_start, saved_iterations
 from slime_local.data import read_numbered_rows, row_tools, split_slice
 from slime_local.errors import UsageError
-from slime_local.flags import MODEL_SHAPE, load_flags
+from slime_local.flags import MODEL_SHAPE, check_combinations, load_flags
 from slime_local.hf_folder import check_hf_folder, weight_files
 from slime_local.plugins import EQUIVALENTS, SFT_ROLLOUT, load_function
 
@@ -47,6 +47,7 @@ ITERATION_FOLDER = re.compile(r"iter_\d{7,}")
 def check(args: Namespace, host: str) -> None:
     """Raise UsageError with one line for each problem of the command on `host` ("local" or "slime")."""
     quick = [
+        check_combinations,
         _check_folders,
         _check_iteration_folders,
         _check_batches,
@@ -82,16 +83,21 @@ def _check_folders(args: Namespace) -> None:
 
 def _check_iteration_folders(args: Namespace) -> None:
     """slime looks for a checkpoint inside --load, finds none in an iteration's own folder, and starts elsewhere."""
-    lines = []
-    for flag, value, step_flag in _checkpoint_folders(args):
-        name = Path(value).name
-        if ITERATION_FOLDER.fullmatch(name):
-            step = int(name.removeprefix("iter_"))
-            lines.append(
-                f"{flag} {value} is one iteration's folder: give {flag} {Path(value).parent} {step_flag} {step}"
-            )
+    lines = [_iteration_folder_message(*folder) for folder in _checkpoint_folders(args) if _is_iteration(folder[1])]
     if lines:
         raise UsageError("\n".join(lines))
+
+
+def _iteration_folder_message(flag: str, value: str, step_flag: str) -> str:
+    folder, step = Path(value).parent, int(Path(value).name.removeprefix("iter_"))
+    message = f"{flag} {value} is one iteration's folder: give {flag} {folder} {step_flag} {step}"
+    if flag == "--load":
+        message += f" to continue that run, or --ref-load {folder} --ref-ckpt-step {step} to start another from it"
+    return message
+
+
+def _is_iteration(folder: str) -> bool:
+    return ITERATION_FOLDER.fullmatch(Path(folder).name) is not None
 
 
 def _checkpoint_folders(args: Namespace) -> list[tuple[str, str, str]]:
@@ -100,7 +106,8 @@ def _checkpoint_folders(args: Namespace) -> list[tuple[str, str, str]]:
 
 
 def _check_start(args: Namespace) -> None:
-    if args.hf_checkpoint is not None and not args.debug_rollout_only:
+    told_already = any(_is_iteration(folder) for _, folder, _ in _checkpoint_folders(args))
+    if args.hf_checkpoint is not None and not args.debug_rollout_only and not told_already:
         find_start(args)
 
 

@@ -450,7 +450,6 @@ def derive(args: argparse.Namespace) -> None:
     _derive_batches(args)
     _apply_custom_config(args)
     _derive_lengths(args)
-    _refuse_combinations(args)
 
 
 def _derive_run(args: argparse.Namespace) -> None:
@@ -506,7 +505,8 @@ def _derive_lengths(args: argparse.Namespace) -> None:
         args.rollout_max_prompt_len = args.rollout_max_context_len - 1  # room for one token under the loss
 
 
-def _refuse_combinations(args: argparse.Namespace) -> None:
+def check_combinations(args: argparse.Namespace) -> None:
+    """Raise UsageError, one line for each rule of slime and Megatron that the flags break together."""
     rules = [
         (args.rollout_temperature <= 0, "--rollout-temperature must be above 0: greedy decoding is not a policy"),
         (args.num_rollout is None and args.num_epoch is None, "give --num-rollout or --num-epoch"),

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from slime_local.errors import UsageError
-from slime_local.flags import ALLOWED_VALUES, HONOURED, MODEL_SHAPE, REFUSED, load_flags, parse_args
+from slime_local.flags import (
+    ALLOWED_VALUES,
+    HONOURED,
+    MODEL_SHAPE,
+    REFUSED,
+    check_combinations,
+    load_flags,
+    parse_args,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = ["--rollout-batch-size", "4", "--num-rollout", "2"]
@@ -19,7 +27,7 @@ def parse(*words: str, host: str = "local"):
 
 def message(*words: str, host: str = "local") -> str:
     with pytest.raises(UsageError) as caught:
-        parse(*words, host=host)
+        check_combinations(parse(*words, host=host))
     return str(caught.value)
 
 
