@@ -266,8 +266,6 @@ def test_a_server_address_where_nothing_answers(tmp_path, tiny_model_dir, unused
 
 
 def test_a_server_is_started_and_stopped_again(run_script, tmp_path, tiny_model_dir, unused_tcp_port):
-    run_script, tmp_path, tiny_model_dir, unused_tcp_port
-):
     """The one-machine server with random weights: no success, but every part of the way is real."""
     output = tmp_path / "out.json"
     flags = ["--checkpoint", tiny_model_dir, "--sglang-port", unused_tcp_port, "--prompt", "short"]

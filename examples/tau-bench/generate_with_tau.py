@@ -58,6 +58,13 @@ ATTEMPTS = 3
 FIRST_WAIT = 0.5  # seconds, doubled after each failed attempt
 TURN_TOKENS = 1024
 GENERATE_TIMEOUT = 900.0
+SETTINGS = [
+    f"tau2_{name}"
+    for name in (
+        "domain prompt user user_args max_steps max_errors max_turn_tokens redraw_ids data retries generate_timeout "
+        "partial_alpha partial_matching"
+    ).split()
+]
 ROUTING_HEADER = "X-SMG-Routing-Key"
 
 
@@ -333,23 +340,9 @@ async def _generate(args: Any, sample: Any, sampling_params: dict, evaluation: b
 
 def check_args(args: Any) -> None:
     """What can be told before a rollout starts; a driver that checks its command calls this. Raises BadInput."""
-    known = {
-        "domain",
-        "prompt",
-        "user",
-        "user_args",
-        "max_steps",
-        "max_errors",
-        "max_turn_tokens",
-        "redraw_ids",
-        "data",
-    }
-    known |= {"retries", "generate_timeout", "partial_alpha", "partial_matching"}
-    unknown = [name for name in vars(args) if name.startswith("tau2_") and name.removeprefix("tau2_") not in known]
+    unknown = [name for name in vars(args) if name.startswith("tau2_") and name not in SETTINGS]
     if unknown:
-        raise BadInput(
-            f"unknown setting(s) {', '.join(unknown)}; known: {', '.join(f'tau2_{n}' for n in sorted(known))}"
-        )
+        raise BadInput(f"unknown setting(s) {', '.join(unknown)}; the plug-ins know: {', '.join(SETTINGS)}")
     _refuse_partial_rollout(args)
     episode_config(args, {}).validate()
     if getattr(args, "tau2_data", None):

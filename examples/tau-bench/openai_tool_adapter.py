@@ -1,7 +1,7 @@
 """Model text and token ids on one side, OpenAI messages with tool calls on the other.
 
 Two halves:
-- `parse_turn` and `render_turn`: the dialect of Qwen3's template, `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+- `parse_turn`, `render_turn`: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, the dialect of Qwen3.
 - `ChatTemplate`: token ids of the first prompt, later of new messages alone: no sampled token is ever rendered again.
 
 A library: used by generate_with_tau.py and evaluate_tau2.py.
