@@ -24,13 +24,14 @@ truncated, with reward 0 and its partial score.
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import json
 import logging
 import math
 import sys
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -76,7 +77,7 @@ class GenerationError(Exception):
     """The server could not answer; the message says what it said."""
 
 
-_sessions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
 
 
 def _session() -> aiohttp.ClientSession:
@@ -84,6 +85,8 @@ def _session() -> aiohttp.ClientSession:
     loop = asyncio.get_running_loop()
     session = _sessions.get(loop)
     if session is None or session.closed:
+        for gone in [other for other in _sessions if other.is_closed()]:
+            del _sessions[gone]
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
         session = _sessions[loop] = aiohttp.ClientSession(connector=connector, trust_env=False)
     return session
@@ -94,6 +97,15 @@ async def close_session() -> None:
     session = _sessions.pop(asyncio.get_running_loop(), None)
     if session is not None:
         await session.close()
+
+
+@atexit.register
+def _close_sessions() -> None:
+    """Of hosts whose loop runs until the process ends (slime's does)."""
+    for loop, session in _sessions.items():
+        if loop.is_running():
+            with contextlib.suppress(Exception):  # nobody is left to tell
+                asyncio.run_coroutine_threadsafe(session.close(), loop).result(timeout=2)
 
 
 async def post_generate(
