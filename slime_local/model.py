@@ -297,7 +297,7 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return BlockAttention.apply(q, k, v).reshape(n, -1)
     q = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
     k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril_(m - n)
+    mask = None if n == m else ~_future(n, m, q.device)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=n == m, enable_gqa=group > 1)
     return out[0].transpose(0, 1).reshape(n, -1)
 
@@ -305,20 +305,21 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class BlockAttention(torch.autograd.Function):
     """`attend_causal` for training on a CPU, where the fused kernel's backward was measured several times slower.
 
-    Plain matrix products over blocks of ATTENTION_ROWS queries, so that a block's scores stay in cache. Nothing of
-    size n x m is kept: the backward pass computes the scores again (FlashAttention, arXiv 2205.14135, section 3.1).
+    The fused kernel runs forward; backward is plain matrix products over blocks of ATTENTION_ROWS queries, whose
+    scores stay in cache and are computed again (FlashAttention, arXiv 2205.14135, section 3.1).
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = q.permute(1, 0, 2, 3) * q.shape[-1] ** -0.5, k.transpose(0, 1), v.transpose(0, 1)
-        out, sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        for rows, keys in _blocks(q, k):
-            scores = _scores(q[:, rows], k[:, keys])
-            sums[:, rows] = scores.logsumexp(-1).view_as(sums[:, rows])
-            weights = (scores - sums[:, rows].reshape(*scores.shape[:2], 1)).exp_().to(v.dtype)
-            out[:, rows] = torch.bmm(weights, v[:, keys]).view_as(out[:, rows])
-        ctx.save_for_backward(q, k, v, out, sums)
+        (n, kv, group, dim), m = q.shape, len(k)
+        heads = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
+        keys, values = (x.transpose(0, 1).repeat_interleave(group, 0)[None] for x in (k, v))
+        mask = None if n == m else q.new_zeros(n, m).masked_fill_(_future(n, m, q.device), float("-inf"))
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, sums = fused(heads, keys, values, 0.0, n == m, attn_mask=mask)
+        out = out.view(kv, group, n, dim).transpose(1, 2)
+        sums = sums.view(kv, group, n).transpose(1, 2)
+        ctx.save_for_backward(q.permute(1, 0, 2, 3) * dim**-0.5, k.transpose(0, 1), v.transpose(0, 1), out, sums)
         return out.transpose(0, 1)
 
     @staticmethod
@@ -354,9 +355,13 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     """fp32 scores [kv, r * group, j] of r scaled query rows [kv, r, group, D] that end where the j keys end."""
     r, group, j = q.shape[1], q.shape[2], k.shape[1]
     scores = torch.bmm(_flat(q), k.transpose(1, 2)).float()
-    future = torch.ones(r, r, dtype=torch.bool, device=q.device).triu_(1)
-    scores.view(-1, r, group, j)[..., j - r :].masked_fill_(future[:, None], float("-inf"))
+    scores.view(-1, r, group, j)[..., j - r :].masked_fill_(_future(r, r, q.device)[:, None], float("-inf"))
     return scores
+
+
+def _future(n: int, m: int, device: torch.device) -> Tensor:
+    """True [n, m] where the last n of m positions must not look."""
+    return torch.ones(n, m, dtype=torch.bool, device=device).triu_(1 + m - n)
 
 
 def _flat(x: Tensor) -> Tensor:
