@@ -1,6 +1,7 @@
 """The inference engine: token ids in, token ids with log-probs out, in the shape of SGLang's `/generate`.
 
-One thread runs all live requests together. In each step every request contributes the tokens it still has to read, or
+One thread runs all live requests together, its own or the caller's (`run`). In each step every request contributes the
+tokens it still has to read, or
 the one it sampled last; the projections run over all of them at once, attention over each request's own KV slot.
 A slot stays filled after its request is done, so the next turn of an episode reads only its new tokens, and a new
 request starts from whichever slot shares its longest prefix (the system prompt, for a new episode).
@@ -12,7 +13,8 @@ import asyncio
 import itertools
 import threading
 from collections import deque
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +26,8 @@ from slime_local.model import Transformer, common_prefix
 
 # Copying a shared prefix from another slot pays off above about this many tokens.
 MIN_SHARED_PREFIX = 16
+# Slots grow by multiples of so many tokens.
+KV_BLOCK = 256
 
 
 class RequestError(Exception):
@@ -74,12 +78,31 @@ class SamplingParams:
 
 @dataclass
 class Slot:
-    """One row of the KV cache: `tokens` are the ids whose keys and values it holds."""
+    """Keys and values of one dialogue: `tokens` are the ids that they belong to.
+
+    kv [layers, 2, kv_heads, capacity, head_dim] grows with the dialogue: memory that no token needs is never touched.
+    """
 
     index: int
+    kv: Tensor
     tokens: list[int] = field(default_factory=list)
     request: Request | None = None
     last_used: int = 0
+
+    def reserve(self, n: int) -> None:
+        """Make room for n tokens."""
+        capacity = self.kv.shape[3]
+        if n > capacity:
+            shape = list(self.kv.shape)
+            shape[3] = -(-max(n, capacity * 5 // 4) // KV_BLOCK) * KV_BLOCK
+            grown = self.kv.new_empty(shape)
+            grown[..., : len(self.tokens), :] = self.kv[..., : len(self.tokens), :]
+            self.kv = grown
+
+    def copy_prefix(self, donor: Slot, n: int) -> None:
+        self.tokens = []
+        self.reserve(n)
+        self.kv[..., :n, :] = donor.kv[..., :n, :]
 
 
 @dataclass(eq=False)
@@ -102,10 +125,9 @@ class Request:
 
 
 class Engine:
-    """Continuous batching over `max_running` KV slots of `max_context` tokens each.
+    """Continuous batching over `max_running` KV slots of at most `max_context` tokens each.
 
-    Memory: slots are reserved, not touched, so only the tokens really held cost memory
-    (2 * layers * kv_heads * head_dim values a token; 46 kB for SmolLM2-135M in fp32).
+    Memory: 2 * layers * kv_heads * head_dim values a token held (46 kB for SmolLM2-135M in fp32).
     """
 
     def __init__(
@@ -116,6 +138,7 @@ class Engine:
         max_running: int = 64,
         max_step_tokens: int = 2048,
         seed: int = 0,
+        own_thread: bool = True,
     ):
         config = model.config
         self.model, self.tokenizer = model, tokenizer
@@ -123,12 +146,10 @@ class Engine:
         self.max_step_tokens = max_step_tokens
         self.weight_version = 0
         self.eos = eos_ids(model, tokenizer)
-        self.slots = [Slot(i) for i in range(max_running)]
         attention = model.decoder.layers[0].self_attention
-        shape = (max_running, attention.kv_heads, self.max_context, attention.head_dim)
-        options = {"dtype": model.compute_dtype, "device": model.device}
-        self.keys = [torch.empty(shape, **options) for _ in model.decoder.layers]
-        self.values = [torch.empty(shape, **options) for _ in model.decoder.layers]
+        shape = (len(model.decoder.layers), 2, attention.kv_heads, 0, attention.head_dim)
+        empty = torch.empty(shape, dtype=model.compute_dtype, device=model.device)
+        self.slots = [Slot(i, empty) for i in range(max_running)]
         self.cos, self.sin = model.rope(torch.arange(self.max_context, device=model.device))
         self.rng = np.random.default_rng(seed)
         self.waiting: deque[Request] = deque()
@@ -137,8 +158,38 @@ class Engine:
         self.lock = threading.Condition()
         self.closed = False
         self.failure: BaseException | None = None
-        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.thread.start()
+        self.thread: threading.Thread | None = None
+        if own_thread:
+            self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
+            self.thread.start()
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Answer requests in this thread until the engine is closed or `until` holds (`wake` makes it look again).
+
+        A process computes fastest in a single thread: a second one that uses torch has a pool of OpenMP workers of its
+        own, and two pools on the same cores were measured two to three times slower.
+        """
+        try:
+            while self._admit(until):
+                self._step()
+        except BaseException as error:  # every caller gets the reason
+            self.failure = error
+            raise
+        finally:
+            if self.failure or self.closed:
+                self._fail_requests()
+
+    def run_beside(self, function: Callable, *args, **kwargs):
+        """The result of function(*args, **kwargs), called in another thread while this one answers its requests."""
+        with ThreadPoolExecutor(1, "beside-engine") as pool:
+            result = pool.submit(function, *args, **kwargs)
+            result.add_done_callback(lambda _: self.wake())
+            self.run(until=result.done)
+            return result.result()
+
+    def wake(self) -> None:
+        with self.lock:
+            self.lock.notify()
 
     # ---- what callers use ----------------------------------------------------------------------------------------
 
@@ -199,31 +250,26 @@ class Engine:
         with self.lock:
             self.closed = True
             self.lock.notify()
-        self.thread.join()
+        if self.thread is not None:
+            self.thread.join()
 
-    # ---- the engine thread ---------------------------------------------------------------------------------------
+    # ---- steps --------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            while self._admit():
-                self._step()
-        except BaseException as error:  # the thread must not die silently: every caller gets the reason
-            self.failure = error
-        finally:
-            reason = self.failure or RuntimeError("the engine was closed")
-            with self.lock:
-                for request in [*self.waiting, *self.running]:
-                    if not request.future.done():
-                        request.future.set_exception(RuntimeError(f"the engine has stopped: {reason!r}"))
-                self.waiting.clear()
-                self.running.clear()
-
-    def _admit(self) -> bool:
-        """Wait for work, end aborted requests, give waiting ones a slot. False when the engine is closed."""
+    def _fail_requests(self) -> None:
+        reason = self.failure or RuntimeError("the engine was closed")
         with self.lock:
-            while not (self.closed or self.waiting or self.running):
+            for request in [*self.waiting, *self.running]:
+                if not request.future.done():
+                    request.future.set_exception(RuntimeError(f"the engine has stopped: {reason!r}"))
+            self.waiting.clear()
+            self.running.clear()
+
+    def _admit(self, until: Callable[[], bool]) -> bool:
+        """Wait for work, end aborted requests, give waiting ones a slot. False when there is to be no further step."""
+        with self.lock:
+            while not (self.closed or until() or self.waiting or self.running):
                 self.lock.wait()
-            if self.closed:
+            if self.closed or until():
                 return False
             for request in [r for r in [*self.waiting, *self.running] if r.aborted]:
                 self._finish(request, {"type": "abort", "message": "aborted"})
@@ -261,18 +307,13 @@ class Engine:
         donor = max(self.slots, key=lambda other: common_prefix(other.tokens, request.prompt, limit))
         donated = common_prefix(donor.tokens, request.prompt, limit)
         if donated >= shared + MIN_SHARED_PREFIX:
-            self._copy_prefix(donor, slot, donated)
+            slot.copy_prefix(donor, donated)
             shared = donated
         slot.tokens = request.prompt[:shared]
         slot.request, request.slot = request, slot
         slot.last_used = next(self.clock)
         request.cached_tokens, request.pending = shared, request.prompt[shared:]
         self.running.append(request)
-
-    @torch.inference_mode()
-    def _copy_prefix(self, donor: Slot, slot: Slot, n: int) -> None:
-        for cache in (*self.keys, *self.values):
-            cache[slot.index, :, :n] = cache[donor.index, :, :n]
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -298,22 +339,18 @@ class Engine:
     def _forward(self, batch: list[tuple[Request, list[int]]]) -> Tensor:
         """Run the new tokens of each request through the model, KV written; last hidden states [len(batch), H]."""
         model, device = self.model, self.model.device
-        sizes = [len(chunk) for _, chunk in batch]
-        starts = [len(request.slot.tokens) for request, _ in batch]
+        spans = []
+        for request, chunk in batch:
+            start = len(request.slot.tokens)
+            request.slot.reserve(start + len(chunk))
+            spans.append((request.slot, start, start + len(chunk)))
         tokens = torch.tensor([t for _, chunk in batch for t in chunk], device=device)
-        rows = torch.tensor([r.slot.index for r, _ in batch], device=device).repeat_interleave(
-            torch.tensor(sizes, device=device)
-        )
-        positions = torch.cat([torch.arange(s, s + n, device=device) for s, n in zip(starts, sizes, strict=True)])
+        positions = torch.cat([torch.arange(start, end, device=device) for _, start, end in spans])
+        last = torch.tensor([end - start for _, start, end in spans], device=device).cumsum(0) - 1
         cos, sin = self.cos[positions], self.sin[positions]
-        spans = [(r.slot.index, s, n) for (r, _), s, n in zip(batch, starts, sizes, strict=True)]
-        last = torch.tensor(sizes, device=device).cumsum(0) - 1
         x = model.embed(tokens)
         for index, layer in enumerate(model.decoder.layers):
-            q, k, v = layer.self_attention.qkv(x, cos, sin)
-            self.keys[index][rows, :, positions] = k
-            self.values[index][rows, :, positions] = v
-            attended = attend_slots(q, self.keys[index], self.values[index], spans)
+            attended = attend_slots(*layer.self_attention.qkv(x, cos, sin), index, spans)
             if index + 1 == len(model.decoder.layers):  # only the last position of each request is needed from here
                 x, attended = x[last], attended[last]
             x = layer.finish(x, attended)
@@ -331,10 +368,11 @@ class Engine:
                     self._finish(request, reason)
 
     def _uniform(self, request: Request) -> float:
-        """The random number for the next token: a function of (seed, position) when the request has a seed."""
+        """The random number for the next token: a function of (seed, position) when it has a seed."""
         if request.params.sampling_seed is None:
             return self.rng.random()
-        return np.random.default_rng((request.params.sampling_seed, len(request.output))).random()
+        position = len(request.prompt) + len(request.output)
+        return np.random.default_rng((request.params.sampling_seed, position)).random()
 
     def _finish_reason(self, request: Request, token: int) -> dict | None:
         params = request.params
@@ -399,7 +437,7 @@ class Engine:
     def _flush(self) -> None:
         for slot in self.slots:
             if slot.request is None:
-                slot.tokens = []
+                slot.tokens, slot.kv = [], slot.kv[..., :0, :].clone()
 
 
 def eos_ids(model: Transformer, tokenizer) -> set[int]:
@@ -409,18 +447,20 @@ def eos_ids(model: Transformer, tokenizer) -> set[int]:
     return {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
 
 
-def attend_slots(q: Tensor, keys: Tensor, values: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
-    """Attention of new tokens over their slots.
+def attend_slots(q: Tensor, k: Tensor, v: Tensor, layer: int, spans: list[tuple[Slot, int, int]]) -> Tensor:
+    """Write the new keys and values of one layer into their slots and attend over them.
 
-    q [T, kv, group, D]; keys and values [slots, kv, max_context, D]; spans: (slot, first position, count) for each
-    request, in the order of q -> [T, kv * group * D].
+    q [T, kv, group, D]; k and v [T, kv, D]; spans: (slot, first position, end) of each request, in the order of q
+    -> [T, kv * group * D].
     """
     out, row = [], 0
-    for slot, start, n in spans:
-        end = start + n
-        k, v = keys[slot : slot + 1, :, :end], values[slot : slot + 1, :, :end]
-        out.append(attend_one(q[row : row + n], k, v, start))
-        row += n
+    k, v = k.transpose(0, 1), v.transpose(0, 1)
+    for slot, start, end in spans:
+        rows = slice(row, row + end - start)
+        row = rows.stop
+        keys, values = slot.kv[layer, 0, :, :end], slot.kv[layer, 1, :, :end]
+        keys[:, start:], values[:, start:] = k[:, rows], v[:, rows]
+        out.append(attend_one(q[rows], keys[None], values[None], start))
     return torch.cat(out)
 
 

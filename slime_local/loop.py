@@ -122,7 +122,12 @@ def _engine(run: Run) -> Iterator[None]:
         yield
         return
     context = _context_length(args, run.model.config.max_position_embeddings)
-    options = {"max_context": context, "max_running": _max_running(run, context), "seed": args.rollout_seed}
+    options = {
+        "max_context": context,
+        "max_running": _max_running(run, context),
+        "seed": args.rollout_seed,
+        "own_thread": False,
+    }
     run.engine = Engine(run.model, load_tokenizer(args.hf_checkpoint), **options)
     host, port = args.sglang_router_ip or "127.0.0.1", args.sglang_router_port or 0
     try:
@@ -199,13 +204,21 @@ def _generate(run: Run, rollout_id: int) -> tuple[list[Sample], dict[str, float]
         share = args.load_debug_rollout_data_subsample
         return load_debug_samples(args.load_debug_rollout_data, rollout_id, share), {}
     started = time.monotonic()
-    output = load_function(args.rollout_function_path)(args, rollout_id, run.data_source, evaluation=False)
+    output = _call(run, args.rollout_function_path, args, rollout_id, run.data_source, evaluation=False)
     seconds = time.monotonic() - started
     groups, extra = getattr(output, "samples", output), getattr(output, "metrics", None) or {}
     samples = flatten(groups)
     if args.save_debug_rollout_data:
         save_debug_samples(args.save_debug_rollout_data, rollout_id, samples)
     return samples, _rollout_log(args, rollout_id, samples, extra, seconds)
+
+
+def _call(run: Run, path: str, *arguments: Any, **options: Any) -> Any:
+    """Call a rollout function; while it runs in a thread of its own, this thread is the engine's."""
+    function = load_function(path)
+    if run.engine is None:
+        return function(*arguments, **options)
+    return run.engine.run_beside(function, *arguments, **options)
 
 
 def _rollout_log(
@@ -250,7 +263,7 @@ def _evaluate(run: Run, rollout_id: int) -> None:
         return
     _seed(args.rollout_seed, "eval")
     started = time.monotonic()
-    output = load_function(args.eval_function_path)(args, rollout_id, run.data_source, evaluation=True)
+    output = _call(run, args.eval_function_path, args, rollout_id, run.data_source, evaluation=True)
     data, extra = getattr(output, "data", output), getattr(output, "metrics", None) or {}
     if args.save_debug_rollout_data:
         samples = [sample for result in data.values() for sample in result["samples"]]

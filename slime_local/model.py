@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slime_local.errors import UsageError
+from slime_local.hf_folder import check_hf_folder, weight_files
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 TOKENIZER_FILES = (
@@ -400,28 +401,6 @@ def pick_device() -> torch.device:
 
 
 # ---- Hugging Face folders ----------------------------------------------------------------------------------------
-
-
-def check_hf_folder(path: str | os.PathLike) -> Path:
-    """The folder as a Path; UsageError when it is not a Hugging Face model folder."""
-    path = Path(path)
-    if not path.is_dir():
-        raise UsageError(f"no model folder at {path}")
-    for what, names in {"config.json": ["config.json"], "safetensors weights": weight_files(path)}.items():
-        if not names or not (path / names[0]).exists():
-            raise UsageError(
-                f"{path} is not a Hugging Face model folder: no {what}. A Megatron checkpoint is converted with "
-                f"`python tools/convert_torch_dist_to_hf.py --input-dir {path} --output-dir OUT --origin-hf-dir HF`"
-            )
-    return path
-
-
-def weight_files(path: Path) -> list[str]:
-    """Names of the safetensors files of a folder, from its index when it is sharded."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return ["model.safetensors"] if (path / "model.safetensors").exists() else []
 
 
 def load_config(path: str | os.PathLike):

@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from slime_local.model import check_hf_folder
+    from slime_local.hf_folder import check_hf_folder
 
     check_hf_folder(args.model_path)
     bind(args.host, args.port).close()  # a busy port is told before the model loads
@@ -159,11 +159,12 @@ def run(args: argparse.Namespace) -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_path, trust_remote_code=False)
     model = load_model(args.model_path)
-    engine = Engine(model, tokenizer, args.context_length, args.max_running_requests, seed=args.seed)
+    options = {"seed": args.seed, "own_thread": False}
+    engine = Engine(model, tokenizer, args.context_length, args.max_running_requests, **options)
     with serve(engine, args.host, args.port, args.model_path) as (host, port):
         print(f"serving {args.model_path} on http://{host}:{port} ({model.device}, {model.compute_dtype})", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+            engine.run()
     return 0
 
 

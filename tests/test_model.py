@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from slime_local.errors import UsageError
+from slime_local.hf_folder import check_hf_folder
 from slime_local.model import (
     attend_causal,
-    check_hf_folder,
     load_model,
     save_hf,
     share_prefixes,
@@ -44,6 +44,7 @@ def folder(request, tmp_path):
             if name.endswith(("norm.weight", ".bias")):  # transformers initialises them to 1 and 0
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer_config.json").write_text("{}")
     return tmp_path / "hf"
 
 

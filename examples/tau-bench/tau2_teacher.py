@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import re
 import sys
 import time
@@ -22,6 +23,8 @@ from tau2_episode import AgentToolCall, AgentTurn, BadInput, Episode, EpisodeCon
 
 TODAY = "2025-02-25"  # the policy's current date
 HANDOVER = "YOU ARE BEING TRANSFERRED TO A HUMAN AGENT. PLEASE HOLD ON."
+ROUNDS = 3  # of checks and fixes before a human takes over
+STYLES = ("checks", "checklist")
 REFUEL_GB = 2.0  # the most that the policy allows
 Steps = Generator[AgentTurn, str, Any]
 _CHECKS = {
@@ -29,13 +32,35 @@ _CHECKS = {
     "data": "your network status, Data Saver, network mode and VPN",
     "mms": "your network status, network mode, Wi-Fi calling, messaging permissions and APN settings",
 }
+# The same paths for a customer who looks and mends in one go: nothing in these messages depends on a report.
+_CHECKLISTS = {
+    "service": ["turn airplane mode off", "re-seat your SIM card"],
+    "data": ["turn Data Saver off", "set network mode to 5G", "disconnect the VPN"],
+    "mms": [
+        "set network mode to 5G",
+        "turn Wi-Fi calling off",
+        "grant the SMS permission",
+        "grant the storage permission",
+        "reset your APN settings",
+        "restart your phone",
+    ],
+}
 _TESTS = {"service": [], "data": ["run a speed test"], "mms": ["try an MMS"]}
 
 
 class ScriptedTeacher:
-    """Follows the workflow: identify, then service, mobile data, MMS. Checks first, fixes only what is wrong."""
+    """Follows the workflow: identify, then service, mobile data, MMS. Checks first, fixes only what is wrong.
 
-    def __init__(self) -> None:
+    style "checks" asks what the phone shows and lists the fixes for what is wrong; "checklist" asks for the fixes of
+    the issue's paths "where needed" and leaves the looking to the customer, which a small model learns far sooner.
+    With probability `slip` it forgets a fix in its first round of checks and mends that later, for traces that show
+    how to recover; `slips` lists those turns (the first is 0), which nobody should learn.
+    """
+
+    def __init__(self, style: str = "checks", slip: float = 0.0, seed: int = 0) -> None:
+        self.style, self.slip, self.rng = style, slip, random.Random(seed)
+        self.slips: list[int] = []
+        self.turn = -1
         self.plan: Steps | None = None
         self.customer: dict[str, Any] = {}
         self.line: dict[str, Any] = {}
@@ -46,6 +71,7 @@ class ScriptedTeacher:
 
     async def act(self, new_messages: list[dict]) -> AgentTurn:
         text = new_messages[-1]["content"]
+        self.turn += 1
         if self.plan is None:
             self.plan = self._support(text)
             return next(self.plan)
@@ -56,26 +82,53 @@ class ScriptedTeacher:
     def _support(self, opening: str) -> Steps:
         self.opening = opening
         yield from self._identify()
-        yield from self._solve()
+        yield from (self._solve_by_checklist() if self.style == "checklist" else self._solve())
         while True:
             yield from self._transfer()
 
     def _solve(self) -> Steps:
-        """One message with the checks of every path that the issue needs, one with the fixes, then our own side.
+        """Rounds of one message with the checks of every path that the issue needs and one with the fixes; our own
+        side once. Returns when nothing is left to try: a customer whose problem is solved ends the call by itself."""
+        for number in range(ROUNDS):
+            said = (yield from _say(f"Please check {_CHECKS[self._issue]}.")).lower()
+            if "locked" in said:
+                return
+            fixes = self._fixes(said)
+            if number and not fixes:
+                return
+            fixes = self._forget(fixes) if number == 0 else fixes
+            if fixes or self._issue != "service":
+                said = (yield from _say(_please([*fixes, *self._test]))).lower()
+            if "locked" in said:
+                return
+            if number == 0 and ("no signal" in said or self._issue == "service"):
+                said = yield from self._service()
+            if ("no connection" in said or "mms fails" in said) and not self.line:
+                said = yield from self._account()
+            if said == "":
+                return
 
-        Returns when nothing is left to try: a customer whose problem is solved ends the call by itself."""
-        said = (yield from _say(f"Please check {_CHECKS[self._issue]}.")).lower()
+    def _solve_by_checklist(self) -> Steps:
+        """As `_solve`, in one message for all paths of the issue."""
+        fixes = list(_CHECKLISTS["service"])
+        if self._issue != "service":
+            fixes += ["turn mobile data on", *(["turn roaming on"] if self._abroad else [])]
+            fixes += _CHECKLISTS[self._issue]
+        said = (yield from _say(f"Where needed, {_please([*fixes, *self._test]).replace('Please', 'please')}")).lower()
         if "locked" in said:
             return
-        fixes = self._fixes(said)
-        if fixes or self._issue != "service":
-            said = (yield from _say(_please([*fixes, *self._test]))).lower()
-        if "locked" in said:
-            return
-        if "no signal" in said or self._issue == "service":
-            said = yield from self._service()
-        if "no connection" in said or "mms fails" in said:
+        if self._issue == "service":
+            yield from self._service()
+        elif "no connection" in said or "mms fails" in said:
             yield from self._account()
+
+    def _forget(self, fixes: list[str]) -> list[str]:
+        """The list without one of its fixes, now and then."""
+        if not fixes or self.rng.random() >= self.slip:
+            return fixes
+        self.slips.append(self.turn + 1)
+        forgotten = self.rng.randrange(len(fixes))
+        return fixes[:forgotten] + fixes[forgotten + 1 :]
 
     def _fixes(self, report: str) -> list[str]:
         """What the report shows to be wrong, in the workflow's order."""
@@ -96,12 +149,14 @@ class ScriptedTeacher:
         return [fix for is_wrong, fix in wrong if is_wrong]
 
     def _service(self) -> Steps:
-        """Path 1 beyond airplane mode and SIM: APN settings, then line suspension. Returns the last answer."""
+        """Path 1 beyond airplane mode and SIM: APN settings, then the line. Returns the last answer; "" at the end."""
         said = yield from _say(_please(["reset your APN settings", "restart your phone", *self._test]))
         if "no signal" not in said.lower():
             return said.lower()
         yield from self._find_line()
-        if self.line.get("status") == "Suspended" and self.line["contract_end_date"] >= TODAY:
+        if self.line.get("status") != "Suspended":
+            return said.lower()
+        if self.line["contract_end_date"] >= TODAY:
             yield from self._lift_suspension()
         return ""
 
@@ -126,7 +181,7 @@ class ScriptedTeacher:
         return None
 
     def _account(self) -> Steps:
-        """Path 2.1 on our side: roaming on the line, then data usage."""
+        """Path 2.1 on our side: roaming on the line, then data usage. Returns what a new test says; "" at the end."""
         yield from self._find_line()
         ids = {"customer_id": self.customer["customer_id"], "line_id": self.line["line_id"]}
         if self._abroad and not self.line["roaming_enabled"]:
@@ -136,9 +191,9 @@ class ScriptedTeacher:
             price = REFUEL_GB * plan["data_refueling_price_per_gb"]
             said = yield from _say(f"Your data is used up. May I refuel 2 GB for ${price:.2f}?")
             if not said.lower().startswith("yes"):
-                return
+                return ""
             yield from _call("refuel_data", **ids, gb_amount=REFUEL_GB)
-        yield from _say(_please(self._test))
+        return (yield from _say(_please(self._test))).lower()
 
     # -- steps -------------------------------------------------------------------------------------------------------
 

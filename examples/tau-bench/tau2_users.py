@@ -16,7 +16,7 @@ from typing import Any
 
 STOP, TRANSFER, OUT_OF_SCOPE = "###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###"
 SCRIPTED_VERSION = "1"
-PATIENCE = 4  # messages without anything to do, or repeats of one request with one answer, before hanging up
+PATIENCE = 3  # messages without anything to do, or repeats of one request with one answer, before hanging up
 LLM_DEFAULTS = {"temperature": 0.0, "timeout": 60, "num_retries": 3}
 
 
@@ -171,7 +171,7 @@ def parse(text: str) -> list[Request]:
     """The requests in an agent's message, in its order. Text that asks for nothing gives an empty list."""
     found: list[Request] = []
     recent: list[str] = []  # topics that "it" or "them" may stand for
-    for sentence in _sentences(text):
+    for sentence in _sentences(_spoken(text)):
         condition, act = _split_condition(sentence)
         if condition:
             recent = _topics(condition) or recent
@@ -181,6 +181,15 @@ def parse(text: str) -> list[Request]:
             if all(request.key != other.key or request.text != other.text for other in found):
                 found.append(request)
     return _merged(found)
+
+
+def _spoken(text: str) -> str:
+    """The text without what nobody says on the phone: tags, JSON and names of functions are no instructions."""
+    text = re.sub(r"<tool_call>.*?(</tool_call>|$)|<[^<>]*>", " ", text, flags=re.DOTALL)
+    while (plain := re.sub(r"\{[^{}]*\}", " ", text)) != text:
+        text = plain
+    text = text.partition("{")[0]
+    return re.sub(r"\b(?![2-5]g_)\w*[^\W_]_\w*", " ", text, flags=re.IGNORECASE)
 
 
 def _sentences(text: str) -> list[str]:

@@ -8,7 +8,8 @@ writes them) and writes data/teacher_traces.jsonl in the form that slime's SFT r
 
     {"prompt": [messages with structured tool_calls], "tools": [OpenAI schemas], "metadata": {"task_id", ...}}
 
-tau2's fixed greeting carries "step_loss_mask": 0: the model never writes it. The same flags give the same bytes.
+tau2's fixed greeting and the teacher's slips (--slip) carry "step_loss_mask": 0: they are not trained. The same flags
+give the same bytes.
 
     --from-hub-file blended_traces_v4.jsonl    (or --from-hub, where the hub can be reached)
 
@@ -45,7 +46,7 @@ from tau2_episode import (
     system_prompt,
 )
 from tau2_mock import check_folder, read_jsonl, read_task_rows, write_jsonl
-from tau2_teacher import ScriptedTeacher
+from tau2_teacher import STYLES, ScriptedTeacher
 
 HUB_REPO = "Jarrodbarnes/tau2-sft-v4-dataset"
 HUB_FILE = "blended_traces_v4.jsonl"
@@ -56,15 +57,17 @@ HUB_FILE = "blended_traces_v4.jsonl"
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_tasks(rows: list[dict], count: int, balance: bool, seed: int) -> list[dict]:
-    """`count` task rows in a seeded order that uses every task once before any twice; with `balance`, issue types in
-    turn, so that each is drawn equally often however many tasks it has."""
+def draw_tasks(rows: list[dict], count: int, mix: dict[str, int] | None, seed: int) -> list[dict]:
+    """`count` task rows in a seeded order that uses every task once before any twice. With a `mix` of weights, issue
+    types take turns so often, however many tasks each has (a type that it does not name: once)."""
     rng = random.Random(seed)
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        groups.setdefault(issue_type(row["task"]["id"]) if balance else "all", []).append(row)
-    decks = [_deal(groups[kind], rng) for kind in sorted(groups)]
-    return [next(deck) for deck in itertools.islice(itertools.cycle(decks), count)]
+        groups.setdefault("all" if mix is None else issue_type(row["task"]["id"]), []).append(row)
+    decks = {kind: _deal(groups[kind], rng) for kind in sorted(groups)}
+    weights = {kind: (mix or {}).get(kind, 1) for kind in decks}
+    turns = [kind for turn in range(max(weights.values())) for kind in decks if turn < weights[kind]]
+    return [next(decks[kind]) for kind in itertools.islice(itertools.cycle(turns), count)]
 
 
 def _deal(rows: list[dict], rng: random.Random) -> Iterator[dict]:
@@ -72,13 +75,20 @@ def _deal(rows: list[dict], rng: random.Random) -> Iterator[dict]:
         yield from rng.sample(rows, len(rows))
 
 
-async def run_teacher(draws: list[dict], config: EpisodeConfig, seed: int, max_concurrency: int) -> list[Episode]:
-    """One episode per drawn task, in the order of `draws`; the n-th has the seed `seed` + n."""
+async def run_teacher(
+    draws: list[dict], config: EpisodeConfig, style: str, slip: float, seed: int, max_concurrency: int
+) -> list[Episode]:
+    """One episode per drawn task, in the order of `draws`; the n-th has the seed `seed` + n. The teacher's slips are
+    marked "step_loss_mask": 0 in the episode's messages."""
     free = asyncio.Semaphore(max_concurrency)
 
     async def run(number: int, row: dict) -> Episode:
+        teacher = ScriptedTeacher(style, slip, seed + number)
         async with free:
-            episode = await run_episode(row["task"], ScriptedTeacher(), config, seed + number)
+            episode = await run_episode(row["task"], teacher, config, seed + number)
+        turns = [message for message in episode.messages[2:] if message["role"] == "assistant"]
+        for turn in teacher.slips:
+            turns[turn]["step_loss_mask"] = 0
         progress.advance()
         return episode
 
@@ -140,8 +150,8 @@ def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter]
     refuse_test_tasks(args.domain, sources)
     config = EpisodeConfig(args.domain, args.prompt, args.user, args.user_args, redraw_ids=args.redraw_ids)
     config.validate()
-    draws = draw_tasks(sources, args.num_traces or args.epochs * len(sources), args.balance, args.seed)
-    episodes = asyncio.run(run_teacher(draws, config, args.seed, args.max_concurrency))
+    draws = draw_tasks(sources, args.num_traces or args.epochs * len(sources), args.mix, args.seed)
+    episodes = asyncio.run(run_teacher(draws, config, args.style, args.slip, args.seed, args.max_concurrency))
     dropped = Counter(f"not solved, {e.end_reason.value}" for e in episodes if not e.solved)
     return [make_row(e, d, config) for e, d in zip(episodes, draws, strict=True) if e.solved], dropped
 
@@ -322,6 +332,22 @@ def json_object(text: str) -> dict:
     return value
 
 
+def mix_weights(text: str) -> dict[str, int]:
+    """{"mms_issue": 3} of "mms_issue=3"."""
+    weights = {}
+    for part in text.split(","):
+        kind, _, number = part.partition("=")
+        weights[kind.strip()] = positive(number)
+    return weights
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
 def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise ValueError(text)
@@ -340,7 +366,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tasks", type=Path, nargs="+", help="files of tau2_mock.py (default: LOCAL_DIR/telecom_train_tasks.jsonl)")
     add("--num-traces", type=positive, help="episodes to run; those that fail are dropped (default: EPOCHS x tasks)")
     add("--epochs", type=positive, default=1, help="episodes per task (default: 1)")
-    add("--balance", action="store_true", help="draw the issue types equally often")
+    add("--mix", type=mix_weights, metavar="TYPE=N,...", help="draw issue types by these weights, others once")
+    add("--style", choices=STYLES, default="checks", help="how the teacher asks (see tau2_teacher.py)")
+    add("--slip", type=share, default=0.0, help="share of episodes in which the teacher forgets a fix and mends it")
     add("--redraw-ids", action="store_true", help="draw names, phone numbers and ids anew in each episode")
     add("--seed", type=int, default=0)
     add("--user", default="scripted", help="scripted, or a litellm model name (default: scripted)")

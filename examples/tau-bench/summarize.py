@@ -1,0 +1,106 @@
+"""The table at the end of run_local.sh: base, SFT and GRPO side by side, with the floor and the noise.
+
+    python examples/tau-bench/summarize.py --run-dir runs/local
+
+reads RUN_DIR/eval_{base,sft,grpo}.json (evaluate_tau2.py) and RUN_DIR/minutes.tsv, and writes RUN_DIR/summary.json:
+{"stages": {"base": {evaluation keys, "minutes"}, ...}, "floor", "customer", "prompt", "minutes"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from evaluate_tau2 import write_json
+from tau2_episode import BadInput
+
+STAGES = ("base", "sft", "grpo")
+ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")
+
+
+def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """The evaluation of each stage, with the minutes that the stage took. Raises BadInput when none is there."""
+    minutes = read_minutes(run_dir / "minutes.tsv")
+    stages = {}
+    for stage in STAGES:
+        path = run_dir / f"eval_{stage}.json"
+        if path.exists():
+            stages[stage] = {
+                **json.loads(path.read_text(encoding="utf-8")),
+                "stage_minutes": minutes[stage] + minutes[f"eval_{stage}"],
+            }
+    if not stages:
+        raise BadInput(f"no eval_base.json, eval_sft.json or eval_grpo.json in {run_dir}: run run_local.sh first")
+    return stages
+
+
+def read_minutes(path: Path) -> dict[str, float]:
+    """Minutes per stage from lines "stage<TAB>seconds"; an interrupted stage has several, which add up."""
+    minutes: dict[str, float] = defaultdict(float)
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        stage, seconds = line.split("\t")
+        minutes[stage] += float(seconds) / 60
+    return minutes
+
+
+def summary(stages: dict[str, dict[str, Any]], minutes: dict[str, float]) -> dict[str, Any]:
+    last = list(stages.values())[-1]
+    return {
+        "stages": stages,
+        "floor": last["floor_always_transfer"],
+        "customer": last["customer"],
+        "prompt": last["prompt"],
+        "minutes": round(sum(minutes.values()), 1),
+        "minutes_by_step": {step: round(value, 1) for step, value in minutes.items()},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The stages as aligned rows."""
+    head = ["", "pass@1", "+-", "partial", *(issue.removesuffix("_issue") for issue in ISSUES), "minutes"]
+    rows = [head]
+    for stage, row in result["stages"].items():
+        solved = [_solved(row["by_issue_type"].get(issue)) for issue in ISSUES]
+        noise = row["pass_at_1_stderr"]
+        numbers = [f"{row['pass_at_1']:.3f}", "-" if noise is None else f"{noise:.3f}"]
+        rows.append([stage, *numbers, f"{row['avg_partial_score']:.3f}", *solved, f"{row['stage_minutes']:.1f}"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _solved(issue: dict[str, Any] | None) -> str:
+    return "-" if issue is None else f"{issue['successes']}/{issue['total']}"
+
+
+def print_report(result: dict[str, Any], path: Path) -> None:
+    last = list(result["stages"].values())[-1]
+    print(table(result))
+    print(f"floor (always transfer): {result['floor']:.3f}   minutes in all: {result['minutes']}")
+    print(f"customer: {json.dumps(result['customer'])}   prompt: {result['prompt']}")
+    print(
+        f"{last['total_tasks']} {last['domain']} {last['task_split']} tasks, greedy; +- is one standard error of "
+        "pass@1. A scripted customer and a short prompt: these numbers do not compare with published tau2 scores."
+    )
+    print(f"written to {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of run_local.sh")
+    args = parser.parse_args(argv)
+    try:
+        result = summary(read_stages(args.run_dir), read_minutes(args.run_dir / "minutes.tsv"))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_json(args.run_dir / "summary.json", result)
+    print_report(result, args.run_dir / "summary.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
