@@ -1,8 +1,8 @@
 """The inference engine: token ids in, token ids with log-probs out, in the shape of SGLang's `/generate`.
 
 One thread runs all live requests together, its own or the caller's (`run`). In each step every request contributes the
-tokens it still has to read, or
-the one it sampled last; the projections run over all of them at once, attention over each request's own KV slot.
+tokens it still has to read, or the one it sampled last; the projections run over all of them at once, attention over
+each request's own KV slot.
 A slot stays filled after its request is done, so the next turn of an episode reads only its new tokens, and a new
 request starts from whichever slot shares its longest prefix (the system prompt, for a new episode).
 """

@@ -1,6 +1,7 @@
 """The scripted customer and the scripted agents: every task solved, wordings understood, the call ended."""
 
 import asyncio
+import functools
 import inspect
 import time
 
@@ -64,6 +65,27 @@ def test_dialogues_are_short():
     assert sorted(words)[len(words) // 2] < 250
 
 
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_the_checklist_style_solves_every_task(split):
+    episodes = asyncio.run(run_split(functools.partial(ScriptedTeacher, "checklist"), split, SHORT))
+    assert all(e.solved for e in episodes)
+
+
+def test_a_teacher_that_forgets_a_fix_mends_it():
+    teachers = [ScriptedTeacher("checks", slip=1.0, seed=seed) for seed in range(40)]
+    tasks = load_tasks("telecom", "test")
+
+    async def run():
+        return [await run_episode(t, teacher, SHORT) for t, teacher in zip(tasks, teachers, strict=True)]
+
+    episodes = asyncio.run(run())
+    slipped = [(teacher, e) for teacher, e in zip(teachers, episodes, strict=True) if teacher.slips]
+    assert len(slipped) > 25 and sum(e.solved for _, e in slipped) > 0.9 * len(slipped)
+    for teacher, episode in slipped:
+        said = [m for m in episode.messages[2:] if m["role"] == "assistant"]
+        assert said[teacher.slips[0]]["content"].startswith("Please")
+
+
 def test_the_teacher_reads_only_the_dialogue():
     source = inspect.getsource(ScriptedTeacher)
     assert "evaluation_criteria" not in source and "initial_state" not in source
@@ -93,6 +115,14 @@ WORDINGS = {
     "Please toggle your mobile data off and then on again.": [("data", "off"), ("data", "on")],
     "If Data Saver is on, turn it off, and if the VPN is on, disconnect it.": [("saver", "off"), ("vpn", "off")],
     "Please make sure that roaming is on.": [("roaming", "on")],
+    "Make sure airplane mode is off, mobile data is on, and network mode is 5G.": [
+        ("airplane", "off"),
+        ("data", "on"),
+        ("mode", "do"),
+    ],
+    'Run {"name": "reboot_device", "arguments": {}} now.': [],
+    '<tool_call>{"name": "grant_app_permission", "arguments": {"permission": "storage"}}</tool_call>': [],
+    "Please call toggle_airplane_mode() and set_network_mode_preference(mode).": [],
     "Check whether Data Saver is enabled.": [("saver", "check")],
     "Is Data Saver on?": [("saver", "check")],
     "What does your status bar show?": [("status_bar", "check")],

@@ -84,7 +84,7 @@ def test_rows_are_the_episodes_own_messages(data, tmp_path):
     assert without_mask == episode.messages
 
 
-@pytest.mark.parametrize("flags", [["--redraw-ids", "--balance"], ["--epochs", "1"]])
+@pytest.mark.parametrize("flags", [["--redraw-ids", "--mix", "mms_issue=1"], ["--epochs", "1"]])
 def test_same_flags_same_bytes(data, tmp_path, flags):
     for name in ("a", "b"):
         make(data, tmp_path / name, "--num-traces", "12", "--prompt", "short", *flags)
@@ -93,17 +93,24 @@ def test_same_flags_same_bytes(data, tmp_path, flags):
 
 
 def test_balance_draws_issue_types_equally(data, tmp_path):
-    rows = make(data, tmp_path / "rows", "--num-traces", "30", "--balance", "--prompt", "short")
+    rows = make(data, tmp_path / "rows", "--num-traces", "30", "--mix", "mms_issue=1", "--prompt", "short")
     kinds = Counter(row["metadata"]["task_id"].split("]")[0] for row in rows)
     assert set(kinds.values()) == {10} and len(kinds) == 3
 
 
+def test_slips_are_marked_and_everything_else_is_trained(data, tmp_path):
+    rows = make(data, tmp_path / "rows", "--num-traces", "20", "--slip", "1", "--prompt", "short")
+    masked = [[m for m in row["prompt"][2:] if m.get("step_loss_mask") == 0] for row in rows]
+    assert all(len(turns) <= 1 for turns in masked) and sum(map(len, masked)) >= 10
+    assert all(turn["role"] == "assistant" for turns in masked for turn in turns)
+
+
 def test_each_task_is_drawn_once_before_any_twice():
     rows = [{"task": {"id": f"[{kind}_issue]{n}"}} for kind, count in (("a", 5), ("b", 2)) for n in range(count)]
-    draws = [row["task"]["id"] for row in teacher_traces.draw_tasks(rows, 14, balance=False, seed=0)]
+    draws = [row["task"]["id"] for row in teacher_traces.draw_tasks(rows, 14, None, seed=0)]
     assert len(set(draws[:7])) == len(set(draws[7:])) == 7
     assert draws[:7] != draws[7:]
-    balanced = [row["task"]["id"] for row in teacher_traces.draw_tasks(rows, 8, balance=True, seed=0)]
+    balanced = [row["task"]["id"] for row in teacher_traces.draw_tasks(rows, 8, {}, seed=0)]
     assert [draw[1] for draw in balanced] == ["a", "b"] * 4
     assert Counter(draw for draw in balanced if draw[1] == "b") == {"[b_issue]0": 2, "[b_issue]1": 2}
 

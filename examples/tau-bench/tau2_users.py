@@ -222,13 +222,17 @@ def _parse_sentence(sentence: str, recent: list[str]) -> tuple[list[Request], li
     clauses = re.split(r",|:|\band\b|\bthen\b|\balso\b|\bplus\b|&|\bor\b|\bafterwards\b", sentence)
     verb = "check" if sentence.endswith("?") else ""
     mentioned: list[str] = []
+    wants_state = False  # "make sure that A is off, B is on and C is 5G": each is a wish of its own
     for index, clause in enumerate(clauses):
         topics = _topics(clause)
+        wants_state = wants_state or bool(_WANTS_STATE.search(clause))
         if _NEVER.search(clause) or (_FIRST_PERSON.search(clause.strip()) and not _TO_YOU.search(clause)):
             mentioned += topics
             verb = ""
             continue
         own = _verb(clause)
+        if not own and wants_state and _IS_IT.search(clause):
+            own = _direction(clause) or "set"
         if own in ("on", "off") and sentence.endswith("?") and _IS_IT.search(clause):
             own = "check"
         if own == "turn":
