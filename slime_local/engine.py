@@ -170,8 +170,9 @@ class Engine:
         own, and two pools on the same cores were measured two to three times slower.
         """
         try:
-            while self._admit(until):
-                self._step()
+            with torch.inference_mode():
+                while self._admit(until):
+                    self._step()
         except BaseException as error:  # every caller gets the reason
             self.failure = error
             raise
@@ -315,7 +316,6 @@ class Engine:
         request.cached_tokens, request.pending = shared, request.prompt[shared:]
         self.running.append(request)
 
-    @torch.inference_mode()
     def _step(self) -> None:
         """Advance every running request by the tokens it has pending (up to max_step_tokens in all)."""
         batch, budget = [], self.max_step_tokens

@@ -98,6 +98,17 @@ async def test_requests_that_arrive_together_read_their_shared_prefix_once(engin
     assert sorted(a["meta_info"]["cached_tokens"] for a in answers) == [0, 60, 60, 60]
 
 
+async def test_slots_are_used_again_for_other_episodes_with_a_shared_prefix(model, engine):
+    system = list(range(400, 440))
+    for start in (0, 100, 200):  # more episodes than slots, in waves
+        prompts = [[*system, start + i, start + i + 50] for i in range(4)]
+        for prompt, answer in zip(
+            prompts, await asyncio.gather(*map(engine.generate, map(request, prompts))), strict=True
+        ):
+            expected = reference_logprobs(model, prompt, answer["output_ids"])
+            torch.testing.assert_close(logprobs(answer), expected, atol=1e-4, rtol=1e-4)
+
+
 async def test_a_long_prompt_is_read_in_chunks(model, tokenizer):
     engine = Engine(model, tokenizer, max_context=256, max_running=2, max_step_tokens=16)
     prompt = list(range(100))
