@@ -128,7 +128,7 @@ def _engine(run: Run) -> Iterator[None]:
         "seed": args.rollout_seed,
         "own_thread": False,
     }
-    run.engine = Engine(run.model, load_tokenizer(args.hf_checkpoint), seed=args.rollout_seed, **options)
+    run.engine = Engine(run.model, load_tokenizer(args.hf_checkpoint), **options)
     host, port = args.sglang_router_ip or "127.0.0.1", args.sglang_router_port or 0
     try:
         with serve(run.engine, host=host, port=port, model_path=str(args.hf_checkpoint)) as address:

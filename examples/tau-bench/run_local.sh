@@ -19,7 +19,7 @@ if [ "$QUICK" = 1 ]; then
    EVAL_TASKS=${EVAL_TASKS:-8}
 else
    RUN_DIR=${RUN_DIR:-runs/local}
-   SFT_ROLLOUTS=${SFT_ROLLOUTS:-24} GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-6} GRPO_BATCH=${GRPO_BATCH:-4}
+   SFT_ROLLOUTS=${SFT_ROLLOUTS:-32} GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-4} GRPO_BATCH=${GRPO_BATCH:-4}
    EVAL_TASKS=${EVAL_TASKS:-40}
 fi
 DATA_DIR=$RUN_DIR/data
@@ -77,10 +77,10 @@ GRPO_ARGS=(
    --rollout-shuffle
    --num-rollout "$GRPO_ROLLOUTS"
    --rollout-batch-size "$GRPO_BATCH"
-   --n-samples-per-prompt 8
-   --global-batch-size "$((GRPO_BATCH * 8))"
+   --n-samples-per-prompt 4
+   --global-batch-size "$((GRPO_BATCH * 4))"
    --rollout-max-response-len 4096
-   --rollout-max-context-len 3072
+   --rollout-max-context-len 1792
    --rollout-temperature 1.0
    --custom-generate-function-path generate_with_tau.generate
    --custom-reward-post-process-path tau2_reward_shaping.tau2_reward_post_process
@@ -103,7 +103,7 @@ EVAL_ARGS=(
    --task-split test
    --prompt short
    --max-turn-tokens 96
-   --max-context-len 3072
+   --max-context-len 1792
    --max-concurrency 40
 )
 

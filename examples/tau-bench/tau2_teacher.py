@@ -64,6 +64,7 @@ class ScriptedTeacher:
         self.plan: Steps | None = None
         self.customer: dict[str, Any] = {}
         self.line: dict[str, Any] = {}
+        self.account_seen = False
         self.opening = ""
 
     async def start(self, messages: list[dict], tools: list[dict]) -> None:
@@ -103,7 +104,7 @@ class ScriptedTeacher:
                 return
             if number == 0 and ("no signal" in said or self._issue == "service"):
                 said = yield from self._service()
-            if ("no connection" in said or "mms fails" in said) and not self.line:
+            if ("no connection" in said or "mms fails" in said) and not self.account_seen:
                 said = yield from self._account()
             if said == "":
                 return
@@ -156,22 +157,23 @@ class ScriptedTeacher:
         yield from self._find_line()
         if self.line.get("status") != "Suspended":
             return said.lower()
-        if self.line["contract_end_date"] >= TODAY:
-            yield from self._lift_suspension()
-        return ""
+        if self.line["contract_end_date"] < TODAY:
+            return ""
+        return (yield from self._lift_suspension())
 
     def _lift_suspension(self) -> Steps:
         """Overdue bill: payment request, payment, check that it is paid, resume the line, restart."""
         bill = yield from self._overdue_bill()
         if bill is None:
-            return
+            return ""
         ids = {"customer_id": self.customer["customer_id"]}
         yield from _call("send_payment_request", **ids, bill_id=bill["bill_id"])
         yield from _say(f"I sent a payment request of ${bill['total_due']}. Please check it and pay it.")
         bill = json.loads((yield from _call("get_details_by_id", id=bill["bill_id"])))
-        if bill["status"] == "Paid":
-            yield from _call("resume_line", **ids, line_id=self.line["line_id"])
-            yield from _say("Your line is active again. Please restart your phone.")
+        if bill["status"] != "Paid":
+            return ""
+        yield from _call("resume_line", **ids, line_id=self.line["line_id"])
+        return (yield from _say("Your line is active again. Please restart your phone.")).lower()
 
     def _overdue_bill(self) -> Steps:
         for bill_id in reversed(self.customer["bill_ids"]):
@@ -182,7 +184,9 @@ class ScriptedTeacher:
 
     def _account(self) -> Steps:
         """Path 2.1 on our side: roaming on the line, then data usage. Returns what a new test says; "" at the end."""
-        yield from self._find_line()
+        self.account_seen = True
+        if not self.line:
+            yield from self._find_line()
         ids = {"customer_id": self.customer["customer_id"], "line_id": self.line["line_id"]}
         if self._abroad and not self.line["roaming_enabled"]:
             yield from _call("enable_roaming", **ids)
