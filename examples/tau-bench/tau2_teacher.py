@@ -127,7 +127,7 @@ class ScriptedTeacher:
         """The list without one of its fixes, now and then."""
         if not fixes or self.rng.random() >= self.slip:
             return fixes
-        self.slips.append(self.turn + 1)
+        self.slips.append(self.turn)
         forgotten = self.rng.randrange(len(fixes))
         return fixes[:forgotten] + fixes[forgotten + 1 :]
 
