@@ -15,12 +15,12 @@ PYTHON=${TAU2_VENV:-.venv}/bin/python
 QUICK=${QUICK:-0}
 if [ "$QUICK" = 1 ]; then
    RUN_DIR=${RUN_DIR:-runs/quick}
-   SFT_ROLLOUTS=${SFT_ROLLOUTS:-3} GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-1} GRPO_BATCH=${GRPO_BATCH:-2}
-   EVAL_TASKS=${EVAL_TASKS:-8}
+   SFT_ROLLOUTS=${SFT_ROLLOUTS:-2} GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-1} GRPO_BATCH=${GRPO_BATCH:-1}
+   EVAL_TASKS=${EVAL_TASKS:-4} CONTEXT=${CONTEXT:-1024}
 else
    RUN_DIR=${RUN_DIR:-runs/local}
    SFT_ROLLOUTS=${SFT_ROLLOUTS:-32} GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-4} GRPO_BATCH=${GRPO_BATCH:-4}
-   EVAL_TASKS=${EVAL_TASKS:-40}
+   EVAL_TASKS=${EVAL_TASKS:-40} CONTEXT=${CONTEXT:-1792} # the teacher's longest dialogue has 1571 tokens
 fi
 DATA_DIR=$RUN_DIR/data
 MODEL_DIR=${MODEL_DIR:-runs/SmolLM2-135M-Instruct}
@@ -80,7 +80,7 @@ GRPO_ARGS=(
    --n-samples-per-prompt 4
    --global-batch-size "$((GRPO_BATCH * 4))"
    --rollout-max-response-len 4096
-   --rollout-max-context-len 1792
+   --rollout-max-context-len "$CONTEXT"
    --rollout-temperature 1.0
    --custom-generate-function-path generate_with_tau.generate
    --custom-reward-post-process-path tau2_reward_shaping.tau2_reward_post_process
@@ -103,7 +103,7 @@ EVAL_ARGS=(
    --task-split test
    --prompt short
    --max-turn-tokens 96
-   --max-context-len 1792
+   --max-context-len "$CONTEXT"
    --max-concurrency 40
 )
 
