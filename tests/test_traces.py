@@ -125,7 +125,13 @@ def test_unsolved_episodes_are_dropped_and_counted(data, tmp_path, monkeypatch, 
     """A teacher that transfers at once earns the reward on the tasks that end in a transfer only."""
     from tau2_teacher import AlwaysTransfer
 
-    monkeypatch.setattr(teacher_traces, "ScriptedTeacher", lambda *_: AlwaysTransfer())
+    class Transferring(AlwaysTransfer):
+        slips = ()
+
+        def __init__(self, *_):
+            super().__init__()
+
+    monkeypatch.setattr(teacher_traces, "ScriptedTeacher", Transferring)
     rows = make(data, tmp_path / "rows", "--prompt", "short")
     assert len(rows) == 8  # 10.8 % of the train tasks
     assert "dropped: 66 not solved, transfer" in capsys.readouterr().out
