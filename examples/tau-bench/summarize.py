@@ -3,7 +3,7 @@
     python examples/tau-bench/summarize.py --run-dir runs/local
 
 reads RUN_DIR/eval_{base,sft,grpo}.json (evaluate_tau2.py) and RUN_DIR/minutes.tsv, and writes RUN_DIR/summary.json:
-{"stages": {"base": {evaluation keys, "minutes"}, ...}, "floor", "customer", "prompt", "minutes"}.
+{"stages": {"base": {evaluation keys, "stage_minutes"}, ...}, "floor", "customer", "prompt", "minutes"}.
 """
 
 from __future__ import annotations
