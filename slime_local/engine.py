@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from slime_local.model import Transformer, common_prefix
+from slime_local.attention import attend_kept, attend_one
+from slime_local.model import Transformer
+from slime_local.prefixes import Segment, common_prefix, decode_plan
 
 # Copying a shared prefix from another slot pays off above about this many tokens.
 MIN_SHARED_PREFIX = 16
@@ -324,6 +325,7 @@ class Engine:
                 chunk = request.pending[:budget]
                 budget -= len(chunk)
                 batch.append((request, chunk))
+        batch.sort(key=lambda pair: (len(pair[1]), pair[0].slot.tokens if len(pair[1]) == 1 else []))
         if not batch:
             return
         hidden = self._forward(batch)
@@ -337,20 +339,24 @@ class Engine:
             self._sample([r for r, _ in ready], self.model.logits(torch.stack([h for _, h in ready])))
 
     def _forward(self, batch: list[tuple[Request, list[int]]]) -> Tensor:
-        """Run the new tokens of each request through the model, KV written; last hidden states [len(batch), H]."""
+        """Run the new tokens of each request through the model, KV written; last hidden states [len(batch), H].
+
+        The requests with a single new token come first, sorted by their tokens.
+        """
         model, device = self.model, self.model.device
         spans = []
         for request, chunk in batch:
             start = len(request.slot.tokens)
             request.slot.reserve(start + len(chunk))
             spans.append((request.slot, start, start + len(chunk)))
+        plan = decode_plan([request.slot.tokens for request, chunk in batch if len(chunk) == 1])
         tokens = torch.tensor([t for _, chunk in batch for t in chunk], device=device)
         positions = torch.cat([torch.arange(start, end, device=device) for _, start, end in spans])
         last = torch.tensor([end - start for _, start, end in spans], device=device).cumsum(0) - 1
         cos, sin = self.cos[positions], self.sin[positions]
         x = model.embed(tokens)
         for index, layer in enumerate(model.decoder.layers):
-            attended = attend_slots(*layer.self_attention.qkv(x, cos, sin), index, spans)
+            attended = attend_slots(*layer.self_attention.qkv(x, cos, sin), index, spans, plan)
             if index + 1 == len(model.decoder.layers):  # only the last position of each request is needed from here
                 x, attended = x[last], attended[last]
             x = layer.finish(x, attended)
@@ -447,34 +453,28 @@ def eos_ids(model: Transformer, tokenizer) -> set[int]:
     return {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
 
 
-def attend_slots(q: Tensor, k: Tensor, v: Tensor, layer: int, spans: list[tuple[Slot, int, int]]) -> Tensor:
+def attend_slots(
+    q: Tensor, k: Tensor, v: Tensor, layer: int, spans: list[tuple[Slot, int, int]], plan: list[Segment]
+) -> Tensor:
     """Write the new keys and values of one layer into their slots and attend over them.
 
-    q [T, kv, group, D]; k and v [T, kv, D]; spans: (slot, first position, end) of each request, in the order of q
-    -> [T, kv * group * D].
+    q [T, kv, group, D]; k and v [T, kv, D]; spans: (slot, first position, end) of each request, in the order of q,
+    those with a single new token first: `plan` is theirs -> [T, kv * group * D].
     """
-    out, row = [], 0
-    k, v = k.transpose(0, 1), v.transpose(0, 1)
+    kv = torch.stack((k, v)).transpose(1, 2)
+    row, singles, longer = 0, [], []
     for slot, start, end in spans:
         rows = slice(row, row + end - start)
         row = rows.stop
-        keys, values = slot.kv[layer, 0, :, :end], slot.kv[layer, 1, :, :end]
-        keys[:, start:], values[:, start:] = k[:, rows], v[:, rows]
-        out.append(attend_one(q[rows], keys[None], values[None], start))
-    return torch.cat(out)
-
-
-def attend_one(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-    """n queries [n, kv, group, D] at positions start.. over k and v [1, kv, start + n, D] -> [n, kv * group * D]."""
-    n, kv, group, dim = q.shape
-    if n == 1:  # a group's query heads share their keys: treat them as rows of one query
-        return F.scaled_dot_product_attention(q, k, v).view(1, -1)
-    mask = None
-    if start:
-        mask = torch.ones(n, start + n, dtype=torch.bool, device=q.device).tril_(start)
-    q = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not start, enable_gqa=group > 1)
-    return out[0].transpose(0, 1).reshape(n, -1)
+        kept = slot.kv[layer]
+        kept[:, :, start:end] = kv[:, :, rows]
+        if end - start == 1:
+            singles.append(kept)
+        else:
+            longer.append(attend_one(q[rows], *kept[:, None, :, :end], start))
+    if singles:
+        longer.insert(0, attend_kept(q[: len(singles)], singles, plan))
+    return torch.cat(longer)
 
 
 def sample(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> tuple[list[int], list[float]]:

@@ -7,14 +7,12 @@ Parameters carry Megatron's names and layouts (fused QKV per KV group, fused gat
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,8 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slime_local.attention import attend_paths
 from slime_local.errors import UsageError
 from slime_local.hf_folder import check_hf_folder, weight_files
+from slime_local.prefixes import share_prefixes
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 TOKENIZER_FILES = (
@@ -218,156 +218,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, half-split convention of Hugging Face checkpoints."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-@dataclass
-class SharedPrefixes:
-    """Packed sequences with every shared prefix kept once.
-
-    tokens, positions [U]: the unique tokens, segment after segment; paths: per segment, the spans of `tokens` from
-    the start of the sequence up to and with that segment; gather [T]: where each packed token is found in `tokens`
-    (None when nothing is shared).
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    paths: list[list[slice]]
-    gather: Tensor | None
-
-
-def share_prefixes(tokens: Tensor, lengths: list[int]) -> SharedPrefixes:
-    """The prefix tree of packed sequences: tokens [T], `lengths` with sum T."""
-    if len(lengths) == 1:
-        positions = torch.arange(len(tokens), device=tokens.device)
-        return SharedPrefixes(tokens, positions, [[slice(0, len(tokens))]], None)
-    ids, ends = tokens.tolist(), list(itertools.accumulate(lengths))
-    sequences = [ids[end - n : end] for end, n in zip(ends, lengths, strict=True)]
-    unique: list[int] = []
-    positions: list[int] = []
-    paths: list[list[slice]] = []
-    gather: list[list[int]] = [[] for _ in sequences]
-
-    def grow(members: list[int], depth: int, path: list[slice]) -> None:
-        """Add the longest prefix that `members` (sorted) share beyond `depth`, then each way on from there."""
-        first, last = sequences[members[0]], sequences[members[-1]]
-        end = common_prefix(first, last)
-        if end > depth:
-            path = [*path, slice(len(unique), len(unique) + end - depth)]
-            paths.append(path)
-            unique.extend(first[depth:end])
-            positions.extend(range(depth, end))
-            for member in members:
-                gather[member].extend(range(path[-1].start, path[-1].stop))
-        rest = [member for member in members if len(sequences[member]) > end]
-        for _, branch in itertools.groupby(rest, key=lambda member: sequences[member][end]):
-            grow(list(branch), end, path)
-
-    grow(sorted(range(len(sequences)), key=sequences.__getitem__), 0, [])
-    index = torch.tensor(list(itertools.chain.from_iterable(gather)), device=tokens.device)
-    return SharedPrefixes(tokens.new_tensor(unique), tokens.new_tensor(positions), paths, index)
-
-
-def common_prefix(a: list[int], b: list[int], limit: int | None = None) -> int:
-    """Length of the longest common prefix of two lists, at most `limit`."""
-    n = min(len(a), len(b), len(b) if limit is None else limit)
-    if a[:n] == b[:n]:
-        return n
-    low, high = 0, n  # a[:low] equals b[:low], a[:high] does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
-    return low
-
-
-def attend_paths(q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]]) -> Tensor:
-    """Each segment attends causally over its path: q [U, kv, group, D], k and v [U, kv, D] -> [U, kv * group * D]."""
-    out = []
-    for path in paths:
-        if len(path) == 1:
-            keys, values = k[path[0]], v[path[0]]
-        else:
-            keys, values = torch.cat([k[span] for span in path]), torch.cat([v[span] for span in path])
-        out.append(attend_causal(q[path[-1]], keys, values))
-    return out[0] if len(out) == 1 else torch.cat(out)
-
-
-def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The last n positions of a sequence of m attend causally: q [n, kv, group, D], k and v [m, kv, D] -> [n, -1]."""
-    (n, kv, group, dim), m = q.shape, len(k)
-    if q.device.type == "cpu" and q.requires_grad:
-        return BlockAttention.apply(q, k, v).reshape(n, -1)
-    q = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
-    k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    mask = None if n == m else ~_future(n, m, q.device)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=n == m, enable_gqa=group > 1)
-    return out[0].transpose(0, 1).reshape(n, -1)
-
-
-class BlockAttention(torch.autograd.Function):
-    """`attend_causal` for training on a CPU, where the fused kernel's backward was measured several times slower.
-
-    The fused kernel runs forward; backward is plain matrix products over blocks of ATTENTION_ROWS queries, whose
-    scores stay in cache and are computed again (FlashAttention, arXiv 2205.14135, section 3.1).
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        (n, kv, group, dim), m = q.shape, len(k)
-        heads = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
-        keys, values = (x.transpose(0, 1).repeat_interleave(group, 0)[None] for x in (k, v))
-        mask = None if n == m else q.new_zeros(n, m).masked_fill_(_future(n, m, q.device), float("-inf"))
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, sums = fused(heads, keys, values, 0.0, n == m, attn_mask=mask)
-        out = out.view(kv, group, n, dim).transpose(1, 2)
-        sums = sums.view(kv, group, n).transpose(1, 2)
-        ctx.save_for_backward(q.permute(1, 0, 2, 3) * dim**-0.5, k.transpose(0, 1), v.transpose(0, 1), out, sums)
-        return out.transpose(0, 1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, sums = ctx.saved_tensors
-        grad = grad.transpose(0, 1)
-        inner = (grad * out).sum(-1)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, keys in _blocks(q, k):
-            q_rows, grad_rows = _flat(q[:, rows]), _flat(grad[:, rows])
-            scores = _scores(q[:, rows], k[:, keys])
-            weights = scores.sub_(sums[:, rows].reshape(*scores.shape[:2], 1)).exp_().to(v.dtype)
-            dv[:, keys] += torch.bmm(weights.transpose(1, 2), grad_rows)
-            scores = torch.bmm(grad_rows, v[:, keys].transpose(1, 2))
-            scores.sub_(inner[:, rows].reshape(*scores.shape[:2], 1)).mul_(weights)
-            dq[:, rows] = torch.bmm(scores, k[:, keys]).view_as(dq[:, rows])
-            dk[:, keys] += torch.bmm(scores.transpose(1, 2), q_rows)
-        return (dq * q.shape[-1] ** -0.5).transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
-
-
-ATTENTION_ROWS = 128
-
-
-def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Blocks of query rows, each with the keys that its last row sees."""
-    n, m = q.shape[1], k.shape[1]
-    for start in range(0, n, ATTENTION_ROWS):
-        end = min(start + ATTENTION_ROWS, n)
-        yield slice(start, end), slice(0, m - n + end)
-
-
-def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """fp32 scores [kv, r * group, j] of r scaled query rows [kv, r, group, D] that end where the j keys end."""
-    r, group, j = q.shape[1], q.shape[2], k.shape[1]
-    scores = torch.bmm(_flat(q), k.transpose(1, 2)).float()
-    scores.view(-1, r, group, j)[..., j - r :].masked_fill_(_future(r, r, q.device)[:, None], float("-inf"))
-    return scores
-
-
-def _future(n: int, m: int, device: torch.device) -> Tensor:
-    """True [n, m] where the last n of m positions must not look."""
-    return torch.ones(n, m, dtype=torch.bool, device=device).triu_(1 + m - n)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[kv, rows, group, D] -> [kv, rows * group, D]."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def head_dim(config) -> int:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from slime_local.engine import Engine, RequestError, SamplingParams, sample
-from slime_local.model import common_prefix, load_model
+from slime_local.model import load_model
+from slime_local.prefixes import common_prefix
 from slime_local.server import serve
 
 
