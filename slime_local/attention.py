@@ -1,4 +1,4 @@
-"""Attention of the one-machine host: over packed sequences for the trainer, over kept keys and values for the engine."""
+"""Attention: over packed sequences for the trainer, over kept keys and values for the engine."""
 
 from __future__ import annotations
 
@@ -155,5 +155,3 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     q = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not start, enable_gqa=group > 1)
     return out[0].transpose(0, 1).reshape(n, -1)
-
-

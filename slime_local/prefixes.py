@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 
-
 @dataclass
 class SharedPrefixes:
     """Packed sequences with every shared prefix kept once.

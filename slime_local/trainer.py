@@ -146,11 +146,18 @@ class Trainer:
     def _optimizer_step(self, samples: list[TrainSample], batch: int, bar: tqdm) -> dict[str, float]:
         scale = 1.0 / normaliser(samples, self.args.calculate_per_token_loss)
         sums = Counter()
-        for group in micro_batches(samples, self.args):
-            loss, metrics = self._loss(group)
-            (loss * scale).backward()
+        learning = [sample for sample in samples if self._has_gradient(sample)]
+        still = [sample for sample in samples if not self._has_gradient(sample)]
+        for group in [*micro_batches(learning, self.args), *micro_batches(still, self.args)]:
+            with torch.set_grad_enabled(group[0] in learning):
+                loss, metrics = self._loss(group)
+            if loss.requires_grad:
+                (loss * scale).backward()
             sums.update({name: float(value) * scale for name, value in metrics.items()})
             bar.update(len(group))
+        if not learning and any(sample.has_loss for sample in still):  # a gradient of 0 is a gradient: moments decay
+            for parameter in self.trainable.values():
+                parameter.grad = torch.zeros_like(parameter)
         norm = self._clipped_gradient_norm()
         result = {f"train/{name}": value for name, value in sums.items()}
         result |= {"train/grad_norm": norm, "train/lr": self.schedule.lr, "train/global_batch_size": batch}
@@ -164,6 +171,15 @@ class Trainer:
             return sft_loss(args, samples, response_log_probs(self.model, samples, args)[0])
         entropy = "grad" if args.entropy_coef != 0 else "value"
         return policy_loss(args, samples, *response_log_probs(self.model, samples, args, entropy))
+
+    def _has_gradient(self, sample: TrainSample) -> bool:
+        """False where the loss is the same for any weights: nothing but advantages, all 0 (a group of equal rewards).
+        Such samples count in the metrics and the normaliser, and need no backward pass."""
+        args = self.args
+        kl = args.use_kl_loss and args.kl_loss_coef != 0
+        if args.loss_type != "policy_loss" or args.entropy_coef != 0 or kl:
+            return True
+        return bool(sample.advantages.any())
 
     def _clipped_gradient_norm(self) -> float:
         limit = self.args.clip_grad if self.args.clip_grad > 0 else float("inf")

@@ -8,14 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from slime_local import prefixes
+from slime_local.attention import attend_causal, attend_kept
 from slime_local.errors import UsageError
 from slime_local.hf_folder import check_hf_folder
-from slime_local.model import (
-    attend_causal,
-    load_model,
-    save_hf,
-    share_prefixes,
-)
+from slime_local.model import load_model, save_hf
+from slime_local.prefixes import decode_plan, share_prefixes
 
 SHAPE = {
     "vocab_size": 300,
@@ -162,3 +160,44 @@ def test_other_families_are_refused(folder):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="gpt2"):
         load_model(folder)
+
+
+# ---- Decoding over kept keys and values --------------------------------------------------------------------------
+
+# Few different tokens and sequences cut out of few others, so that prefixes are shared in many ways.
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=8).map(sorted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sequences=SEQUENCES, spared=st.sampled_from([1, 3, 100]), group=st.sampled_from([1, 3]))
+def test_attention_over_shared_prefixes_is_plain_attention(sequences, spared, group):
+    """Whatever is shared, every row attends over all of its positions once, and over nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefixes, "MIN_SPARED_TOKENS", spared)
+        plan = decode_plan(sequences)
+    covered = [[] for _ in sequences]
+    for segment in plan:
+        for row in range(segment.rows.start, segment.rows.stop):
+            covered[row] += range(segment.start, segment.end)
+    assert covered == [list(range(len(sequence) + 1)) for sequence in sequences]
+
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(3, 20, 2, 2, 8, generator=generator)  # token, position -> key and value of two heads
+
+    def kept(sequence, row):
+        entries = [table[token, i] for i, token in enumerate(sequence)] + [torch.full((2, 2, 8), 0.1 * row)]
+        return torch.stack(entries, dim=2)
+
+    kv = [kept(sequence, row) for row, sequence in enumerate(sequences)]
+    q = torch.randn(len(sequences), 2, group, 8, generator=generator)
+    found = attend_kept(q, kv, plan)
+    for row, (keys, values) in enumerate(kv):
+        scores = (q[row] @ keys.transpose(1, 2)) * 8**-0.5
+        torch.testing.assert_close(found[row], (scores.softmax(-1) @ values).flatten(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_prefix_of_many_requests_is_read_once():
+    system = list(range(100, 400))
+    plan = decode_plan(sorted(system + [n] * 50 for n in range(16)))
+    assert (plan[0].start, plan[0].end, plan[0].rows) == (0, 300, slice(0, 16))
+    assert len(plan) == 17 and all(segment.start == 300 for segment in plan[1:])

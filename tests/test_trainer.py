@@ -121,6 +121,23 @@ def test_later_steps_of_a_rollout_use_log_probs_of_its_start(folder):
     assert abs(kl[2]) > 1e-4  # the same samples again, after the policy moved
 
 
+def test_groups_without_advantage_cost_no_backward_pass(folder, monkeypatch):
+    """Equal rewards in a group: the same step as with the full backward pass, which only the other group makes."""
+    data = make_rollout(rewards=[1.0, -1.0, 0.0, 0.0])
+    full, saving = (new_trainer(folder, micro_batch_size=2, lr_decay_style="constant") for _ in range(2))
+    monkeypatch.setattr(full, "_has_gradient", lambda sample: True)
+    graded = []
+    original = saving._loss
+    monkeypatch.setattr(saving, "_loss", lambda group: graded.append(torch.is_grad_enabled()) or original(group))
+    rollouts = [data, {**data, "rewards": [0.0] * 4}]  # the second moves the weights by its moments alone
+    for rollout_id, rollout in enumerate(rollouts):
+        expected, found = (trainer.train(rollout_id, rollout) for trainer in (full, saving))
+        for name in ("train/loss", "train/entropy_loss", "train/grad_norm", "train/train_rollout_logprob_abs_diff"):
+            assert found[name] == pytest.approx(expected[name], abs=1e-6), name
+        assert_same(weights(full), weights(saving), atol=1e-6, rtol=1e-5)
+    assert graded == [True, False, False, False]
+
+
 # ---- What must not matter ----------------------------------------------------------------------------------------
 
 PACKINGS = [

@@ -101,7 +101,7 @@ def _normalise(args: Any, samples: Sequence[Any], shaped: list[float]) -> list[f
     rewards = [0.0] * len(samples)
     for members in _groups(samples).values():
         values = [shaped[i] for i in members]
-        mean = statistics.fmean(values)
+        mean = statistics.mean(values)  # exact, unlike fmean: equal rewards give advantages of exactly 0
         scale = statistics.stdev(values) + STD_EPSILON if by_std and len(values) > 1 else 1.0
         for i, value in zip(members, values, strict=True):
             rewards[i] = (value - mean) / scale

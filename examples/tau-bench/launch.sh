@@ -1,0 +1,50 @@
+# How run_sft.sh and run_grpo.sh start train.py with their arrays; they source this file.
+#   HOST=slime   (default) `ray job submit` to $RAY_ADDRESS; Ray is started here when nothing answers there
+#   HOST=local   this machine, no Ray: slime_local
+#   PRINT=1      print the command, one argument a line, and stop
+#   CHECK=1      check the command (train.py --check-only) and stop
+EXAMPLE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(cd "$EXAMPLE/../.." && pwd) # this repository, or the slime checkout that the folder was copied into
+HOST=${HOST:-slime}
+NUM_GPUS=${NUM_GPUS:-2}
+RAY_ADDRESS=${RAY_ADDRESS:-http://127.0.0.1:8265}
+MEGATRON_DIR=${MEGATRON_DIR:-/root/Megatron-LM}
+VENV=${TAU2_VENV:-$ROOT/.venv}
+if [ "$HOST" = local ] && [ -x "$VENV/bin/python" ]; then PYTHON=${PYTHON:-$VENV/bin/python}; fi
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH=$EXAMPLE:$ROOT${PYTHONPATH:+:$PYTHONPATH}
+
+launch() { # launch ARG...: train.py with these arguments
+   if [ "${PRINT:-0}" = 1 ]; then
+      printf '%s\n' "python3 train.py" "$@"
+   elif [ "${CHECK:-0}" = 1 ]; then
+      "$PYTHON" "$ROOT/train.py" --host "$HOST" --check-only "$@"
+   elif [ "$HOST" = local ]; then
+      "$PYTHON" "$ROOT/train.py" --host local "$@"
+   else
+      start_ray
+      ray job submit --address "$RAY_ADDRESS" --runtime-env-json "$(runtime_env)" -- python3 "$ROOT/train.py" "$@"
+   fi
+}
+
+# Workers inherit the environment of the shell that starts Ray: export API keys there. They are not part of the
+# runtime environment below, which everyone who can see the job can read.
+start_ray() {
+   "$PYTHON" - "$RAY_ADDRESS" <<'PY' ||
+import sys, urllib.request
+try:
+    urllib.request.urlopen(sys.argv[1] + "/api/version", timeout=5)
+except OSError:
+    sys.exit(1)
+PY
+      ray start --head --num-gpus "$NUM_GPUS" --disable-usage-stats --dashboard-host 127.0.0.1 --dashboard-port "${RAY_ADDRESS##*:}"
+}
+
+runtime_env() {
+   MEGATRON_DIR=$MEGATRON_DIR "$PYTHON" - <<'PY'
+import json, os
+env = {"PYTHONPATH": f"{os.environ['MEGATRON_DIR']}:{os.environ['PYTHONPATH']}", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+env |= {name: os.environ[name] for name in ("TAU2_DATA_DIR", "HF_HUB_OFFLINE") if name in os.environ}
+print(json.dumps({"env_vars": env}))
+PY
+}

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Stage 4: evaluation of a checkpoint on the 40 test tasks.
+#   export GEMINI_API_KEY=... && CHECKPOINT=/root/..._rl_telecom/hf_73 bash examples/tau-bench/run_eval.sh
+#   CHECKPOINT=/root/..._rl_telecom/iter_0000073 bash examples/tau-bench/run_eval.sh     converts it first
+#   CHECKPOINT=runs/local/sft/hf CUSTOMER=scripted PROMPT=short HOST=local bash examples/tau-bench/run_eval.sh
+# With no server on $PORT one is started: sglang.launch_server on a GPU machine that has it, else slime_local's.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+CHECKPOINT=${CHECKPOINT:?the folder to evaluate: an HF folder (--save-hf), or an iteration folder of slime}
+HF_DIR=${HF_DIR:-/root/Qwen3-4B-Instruct-2507} # where the converter takes config and tokenizer from
+SLIME_DIR=${SLIME_DIR:-/root/slime}
+OUTPUT=${OUTPUT:-$(basename "$(dirname "$CHECKPOINT")")_$(basename "$CHECKPOINT").json}
+CUSTOMER=${CUSTOMER:-llm}
+PROMPT=${PROMPT:-official}
+
+case $(basename "$CHECKPOINT") in iter_*)
+   [ -e "${CHECKPOINT}_hf/config.json" ] || PYTHONPATH=$MEGATRON_DIR:$SLIME_DIR "$PYTHON" "$SLIME_DIR/tools/convert_torch_dist_to_hf.py" \
+      --input-dir "$CHECKPOINT" --output-dir "${CHECKPOINT}_hf" --origin-hf-dir "$HF_DIR"
+   CHECKPOINT=${CHECKPOINT}_hf
+esac
+
+EVAL_ARGS=(
+   --domain telecom
+   --task-split test
+   --user "$CUSTOMER"
+   --prompt "$PROMPT"
+   --num-trials "${NUM_TRIALS:-1}"
+   --temperature "${TEMPERATURE:-0.0}"
+   --sglang-port "${PORT:-30000}"
+)
+
+"$PYTHON" "$EXAMPLE/evaluate_tau2.py" --checkpoint "$CHECKPOINT" --output-path "$OUTPUT" "${EVAL_ARGS[@]}" "$@"

@@ -1,0 +1,94 @@
+"""run_sft.sh, run_grpo.sh and run_eval.sh: their commands by slime's rules, and the same arrays on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import EXAMPLE, ROOT
+
+from slime_local.flags import parse_args
+
+TINY_ARGS = (
+    "--swiglu --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention "
+    "--num-query-groups 2 --use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm "
+    "--norm-epsilon 1e-6 --rotary-base 10000 --vocab-size 49152"
+)
+
+
+def run(script, *args, timeout=240, **settings):
+    environment = {key: value for key, value in os.environ.items() if key not in ("HOST", "MODEL", "PROMPT", "PORT")}
+    command = ["bash", str(EXAMPLE / script), *args]
+    environment |= {"PYTHON": sys.executable, **{key: str(value) for key, value in settings.items()}}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT
+    )
+
+
+def printed(script, **settings):
+    first, *arguments = run(script, PRINT=1, **settings).stdout.splitlines()
+    assert first == "python3 train.py"
+    return arguments
+
+
+def test_the_sft_command_trains_as_meant():
+    args = parse_args(printed("run_sft.sh"), "slime")
+    assert (args.num_rollout, args.rollout_batch_size, args.n_samples_per_prompt) == (49, 8, 1)
+    assert args.global_batch_size == 8
+    assert (args.lr, args.lr_decay_style, args.lr_warmup_fraction, args.weight_decay) == (2e-5, "cosine", 0.1, 0.01)
+    assert args.loss_type == "sft_loss" and args.calculate_per_token_loss and args.debug_train_only
+    assert args.loss_mask_type == "qwen3" and args.save_interval and "{rollout_id}" in args.save_hf
+    assert args.load == args.save and args.num_gpus_per_node == 2
+
+
+def test_the_grpo_command_starts_from_sft_and_evaluates_outside_test():
+    args = parse_args(printed("run_grpo.sh", SFT_DIR="/runs/sft"), "slime")
+    assert (args.num_rollout, args.rollout_batch_size, args.n_samples_per_prompt) == (74, 8, 4)
+    assert args.global_batch_size == 32 and args.rollout_temperature == 0.7 and args.lr == 1e-6
+    assert args.ref_load == "/runs/sft" and args.load == args.save != args.ref_load
+    assert args.rollout_max_response_len == 4096 and args.sglang_mem_fraction_static == 0.7
+    assert args.eval_interval and "test" not in str(args.eval_datasets)
+
+
+@pytest.mark.parametrize("script", ["run_sft.sh", "run_grpo.sh"])
+def test_the_check_names_what_is_missing(script, tmp_path):
+    (tmp_path / "telecom_pool_tasks.jsonl").touch()
+    (tmp_path / "teacher_traces.jsonl").touch()
+    done = run(script, CHECK=1, HF_DIR=tmp_path / "nothing", DATA_DIR=tmp_path)
+    assert done.returncode == 2 and str(tmp_path / "nothing") in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_evaluation_needs_a_checkpoint():
+    done = run("run_eval.sh")
+    assert done.returncode != 0 and "CHECKPOINT" in done.stderr
+
+
+def test_the_same_arrays_run_on_this_machine(tiny_model_dir, tmp_path):
+    (tmp_path / "tiny.sh").write_text(f"MODEL_ARGS=({TINY_ARGS})\n")
+    model = os.path.relpath(tmp_path / "tiny", ROOT / "scripts" / "models")
+    folders = {"DATA_DIR": tmp_path / "data", "SFT_DIR": tmp_path / "sft", "RL_DIR": tmp_path / "rl"}
+    local = {"HOST": "local", "MODEL": model, "HF_DIR": tiny_model_dir, "NUM_ROLLOUT": 1, **folders}
+    succeed(run("run_sft.sh", PROMPT="short", **local))
+    grpo = succeed(run("run_grpo.sh", CONFIG=EXAMPLE / "local.yaml", ROLLOUT_BATCH=1, CONTEXT_LEN=1024, **local))
+    assert "--ref-load" in grpo  # what it starts with
+    log = [json.loads(line) for line in (tmp_path / "rl" / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval/pool" in name for row in log for name in row)
+    succeed(run("run_grpo.sh", CONFIG=EXAMPLE / "local.yaml", ROLLOUT_BATCH=1, CONTEXT_LEN=1024, **local))  # resumes
+    checkpoint, output = tmp_path / "rl" / "hf_0", tmp_path / "eval.json"
+    settings = {"HOST": "local", "CHECKPOINT": checkpoint, "OUTPUT": output, "CUSTOMER": "scripted", "PROMPT": "short"}
+    succeed(run("run_eval.sh", "--num-tasks", "2", "--max-turn-tokens", "32", PORT=free_port(), **settings))
+    assert json.loads(output.read_text())["total_tasks"] == 2
+
+
+def succeed(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
