@@ -94,6 +94,12 @@ def serving(model: FakeModel) -> Iterator[tuple[str, int]]:
     app.router.add_post("/generate", model.generate)
     app.router.add_get("/model_info", model.model_info)
     app.router.add_get("/health", model.health)
+    with serving_app(app) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def serving_app(app: web.Application) -> Iterator[tuple[str, int]]:
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)

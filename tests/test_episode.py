@@ -335,21 +335,22 @@ def fake_llm(monkeypatch):
 async def test_llm_customer_through_tau2s_own_simulator(fake_llm):
     answers, seen = fake_llm
     answers += ["No service!", {"name": "toggle_airplane_mode", "arguments": {}}, "Works. ###STOP###"]
-    config = EpisodeConfig(user="openai/some-model", user_args={"api_base": "http://x", "api_key": "secret"})
+    config = EpisodeConfig(user="openai/some-model", user_args={"api_base": "http://x"})
     episode, _ = await play(find_task("[service_issue]airplane_mode_on["), "Turn airplane mode off.", config=config)
     assert (episode.end_reason, episode.reward) == (EndReason.USER_STOP, 1.0)
     assert [c["sound"] for c in episode.checks["action_checks"]] == [True]
-    assert (
-        seen[0]["model"] == "openai/some-model" and seen[0]["timeout"] and seen[0]["num_retries"] and "seed" in seen[0]
-    )
-    assert episode.user["kind"] == "llm" and "secret" not in json.dumps(episode_to_row(episode))
+    assert seen[0]["model"] == "openai/some-model" and seen[0]["timeout"] and "seed" in seen[0]
+    assert (seen[0]["num_retries"], seen[0]["max_retries"]) == (0, 0), "the retries are ours, not litellm's"
+    user = episode_to_row(episode)["user"]
+    assert (user["kind"], user["model"], len(user["prompt_version"])) == ("llm", "openai/some-model", 8)
+    assert user["args"] == {"temperature": 0.0, "timeout": 60, "num_retries": 4, "api_base": "http://x"}
 
 
 @pytest.mark.parametrize("failure", [TimeoutError("slow"), ValueError("no content"), "   "])
 async def test_a_failing_llm_customer_is_no_reward(fake_llm, failure):
     answers, _ = fake_llm
     answers += ["No service!", failure]
-    config = EpisodeConfig(user="openai/some-model")
+    config = EpisodeConfig(user="openai/some-model", user_args={"num_retries": 0})
     episode, _ = await play(find_task("[service_issue]airplane_mode_on["), "Hello.", config=config)
     assert (episode.end_reason, episode.reward) == (EndReason.USER_FAILED, None)
 

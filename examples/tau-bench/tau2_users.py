@@ -7,52 +7,31 @@ or when the agent keeps getting nowhere. It is cooperative and literal: every nu
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
+from tau2_llm_customer import CONCURRENCY, DEFAULT_MODEL, LLMCustomer
+
 STOP, TRANSFER, OUT_OF_SCOPE = "###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###"
 SCRIPTED_VERSION = "1"
 PATIENCE = 3  # messages without anything to do, or repeats of one request with one answer, before hanging up
-LLM_DEFAULTS = {"temperature": 0.0, "timeout": 60, "num_retries": 3}
 
 
-def make_customer(user: str, user_args: dict[str, Any], task: Any, environment: Any, seed: int) -> Any:
-    """The customer named by `user`: "scripted", or a litellm model name."""
+def customer_name(user: str) -> str:
+    """The customer that `user` stands for: "llm" is the default model."""
+    return DEFAULT_MODEL if user == "llm" else user
+
+
+def make_customer(
+    user: str, user_args: dict[str, Any], task: Any, tools: list | None, seed: int, concurrency: int = CONCURRENCY
+) -> Any:
+    """The customer named by `user`: "scripted", "llm" or a litellm model name; `tools` are its phone's."""
     if user == "scripted":
         return ScriptedCustomer(task.user_scenario)
-    return LLMCustomer(user, user_args, task, environment, seed)
-
-
-class LLMCustomer:
-    """tau2's own user simulator. `reply` blocks on the network: run it off the event loop."""
-
-    blocking = True
-
-    def __init__(self, model: str, args: dict[str, Any], task: Any, environment: Any, seed: int) -> None:
-        from tau2.user.user_simulator import UserSimulator
-
-        self.args = {**LLM_DEFAULTS, **args}
-        tools = environment.get_user_tools() if environment.user_tools is not None else None
-        instructions = str(task.user_scenario)
-        self.simulator = UserSimulator(tools=tools, instructions=instructions, llm=model, llm_args=self.args)
-        self.simulator.set_seed(seed)
-        self.state = self.simulator.get_init_state()
-        self.model = model
-
-    def reply(self, message: Any) -> Any:
-        """The next UserMessage; raises whatever litellm raises."""
-        answer, self.state = self.simulator.generate_next_message(message, self.state)
-        return answer
-
-    def describe(self) -> dict[str, Any]:
-        shown = {key: value for key, value in self.args.items() if "key" not in key}
-        guidelines = self.simulator.global_simulation_guidelines.encode()
-        version = hashlib.sha256(guidelines).hexdigest()[:8]
-        return {"kind": "llm", "model": self.model, "args": shown, "prompt_version": version}
+    return LLMCustomer(customer_name(user), user_args, str(task.user_scenario), tools, seed, concurrency)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,8 +474,6 @@ class _Answer:
 
 class ScriptedCustomer:
     """A cooperative customer without a language model. Deterministic."""
-
-    blocking = False
 
     def __init__(self, user_scenario: Any) -> None:
         self.scenario = Scenario.read(user_scenario)

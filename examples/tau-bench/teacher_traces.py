@@ -40,6 +40,8 @@ from tau2_episode import (
     Episode,
     EpisodeConfig,
     agent_tools,
+    check_customer,
+    check_customer_key,
     issue_type,
     load_split_ids,
     run_episode,
@@ -50,6 +52,7 @@ from tau2_teacher import STYLES, ScriptedTeacher
 
 HUB_REPO = "Jarrodbarnes/tau2-sft-v4-dataset"
 HUB_FILE = "blended_traces_v4.jsonl"
+TRIES = 3  # of an episode that the machinery broke
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,9 +86,12 @@ async def run_teacher(
     free = asyncio.Semaphore(max_concurrency)
 
     async def run(number: int, row: dict) -> Episode:
-        teacher = ScriptedTeacher(style, slip, seed + number)
         async with free:
-            episode = await run_episode(row["task"], teacher, config, seed + number)
+            for _ in range(TRIES):
+                teacher = ScriptedTeacher(style, slip, seed + number)
+                episode = await run_episode(row["task"], teacher, config, seed + number)
+                if not episode.end_reason.is_infrastructure:
+                    break
         turns = [message for message in episode.messages[2:] if message["role"] == "assistant"]
         for turn in teacher.slips:
             turns[turn]["step_loss_mask"] = 0
@@ -150,6 +156,8 @@ def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter]
     refuse_test_tasks(args.domain, sources)
     config = EpisodeConfig(args.domain, args.prompt, args.user, args.user_args, redraw_ids=args.redraw_ids)
     config.validate()
+    check_customer_key(config)
+    check_customer(config)
     draws = draw_tasks(sources, args.num_traces or args.epochs * len(sources), args.mix, args.seed)
     episodes = asyncio.run(run_teacher(draws, config, args.style, args.slip, args.seed, args.max_concurrency))
     dropped = Counter(f"not solved, {e.end_reason.value}" for e in episodes if not e.solved)
@@ -326,9 +334,12 @@ def traces_from_hub(args: argparse.Namespace) -> tuple[list[dict], Counter]:
 
 
 def json_object(text: str) -> dict:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError("not a JSON object")  # the text is not repeated: it may hold a key
     return value
 
 
@@ -371,7 +382,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--slip", type=share, default=0.0, help="share of episodes in which the teacher forgets a fix and mends it")
     add("--redraw-ids", action="store_true", help="draw names, phone numbers and ids anew in each episode")
     add("--seed", type=int, default=0)
-    add("--user", default="scripted", help="scripted, or a litellm model name (default: scripted)")
+    add("--user", default="scripted", help="scripted, llm, or a litellm model name (default: scripted)")
     add("--user-args", type=json_object, default={}, help="JSON object of litellm arguments for --user")
     add("--max-concurrency", type=positive, default=16, help="episodes at a time (default: 16)")
     hub = parser.add_mutually_exclusive_group()
