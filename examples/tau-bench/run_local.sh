@@ -15,12 +15,12 @@ PYTHON=${TAU2_VENV:-.venv}/bin/python
 QUICK=${QUICK:-0}
 if [ "$QUICK" = 1 ]; then
    RUN_DIR=${RUN_DIR:-runs/quick}
-   SFT_ROLLOUTS=${SFT_ROLLOUTS:-2} GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-1} GRPO_BATCH=${GRPO_BATCH:-1}
+   SFT_ROLLOUTS=${SFT_ROLLOUTS:-4} GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-1} GRPO_BATCH=${GRPO_BATCH:-1}
    EVAL_TASKS=${EVAL_TASKS:-4} CONTEXT=${CONTEXT:-1024}
 else
    RUN_DIR=${RUN_DIR:-runs/local}
-   SFT_ROLLOUTS=${SFT_ROLLOUTS:-32} GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-4} GRPO_BATCH=${GRPO_BATCH:-4}
-   EVAL_TASKS=${EVAL_TASKS:-40} CONTEXT=${CONTEXT:-1792} # the teacher's longest dialogue has 1571 tokens
+   SFT_ROLLOUTS=${SFT_ROLLOUTS:-60} GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-4} GRPO_BATCH=${GRPO_BATCH:-6}
+   EVAL_TASKS=${EVAL_TASKS:-40} CONTEXT=${CONTEXT:-1664} # the teacher's longest dialogue has 1571 tokens
 fi
 DATA_DIR=$RUN_DIR/data
 MODEL_DIR=${MODEL_DIR:-runs/SmolLM2-135M-Instruct}
@@ -39,7 +39,7 @@ source scripts/models/smollm2-135M-Instruct.sh
 TRAIN_ARGS=(
    --only-train-params-name-list 'decoder\.layers\.2[0-9]\.' 'decoder\.final_layernorm'
    --use-dynamic-batch-size
-   --max-tokens-per-gpu 16384
+   --max-tokens-per-gpu 8192
    --optimizer adam
    --weight-decay 0.01
    --clip-grad 1.0
@@ -54,9 +54,9 @@ SFT_ARGS=(
    --rollout-function-path slime.rollout.sft_rollout.generate_rollout
    --loss-mask-type qwen3
    --num-rollout "$SFT_ROLLOUTS"
-   --rollout-batch-size 4
+   --rollout-batch-size 2 # twice the steps of 4 for the same dialogues: measured better by far
    --n-samples-per-prompt 1
-   --global-batch-size 4
+   --global-batch-size 2
    --loss-type sft_loss
    --calculate-per-token-loss
    --disable-compute-advantages-and-returns
@@ -66,7 +66,7 @@ SFT_ARGS=(
    --lr-warmup-fraction 0.1
    --load "$SFT_DIR"
    --save "$SFT_DIR"
-   --save-interval 10
+   --save-interval 20
    --save-hf "$SFT_DIR/hf"
 )
 
@@ -78,7 +78,7 @@ GRPO_ARGS=(
    --num-rollout "$GRPO_ROLLOUTS"
    --rollout-batch-size "$GRPO_BATCH"
    --n-samples-per-prompt 4
-   --global-batch-size "$((GRPO_BATCH * 4))"
+   --global-batch-size "$((GRPO_BATCH * 2))" # two optimizer steps a rollout
    --rollout-max-response-len 4096
    --rollout-max-context-len "$CONTEXT"
    --rollout-temperature 1.0
@@ -89,7 +89,8 @@ GRPO_ARGS=(
    --advantage-estimator grpo
    --eps-clip 0.2
    --eps-clip-high 0.28
-   --lr 5e-5
+   --use-rollout-logprobs # the engine's equal the trainer's here: they share one model
+   --lr 1e-5
    --lr-decay-style constant
    --load "$GRPO_DIR"
    --save "$GRPO_DIR"
@@ -132,7 +133,7 @@ evaluate base "$MODEL_DIR"
 
 say "2. SFT on teacher traces"
 timed sft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --prompt short --style checklist --mix mms_issue=1 \
-   --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl" --num-traces "$((SFT_ROLLOUTS * 4))"
+   --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl" --num-traces "$((SFT_ROLLOUTS * 2))"
 timed sft "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${SFT_ARGS[@]}"
 evaluate sft "$SFT_DIR/hf"
 
