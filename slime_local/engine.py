@@ -220,9 +220,6 @@ class Engine:
                     request.aborted = True
             self.lock.notify()
 
-    def abort_all(self) -> None:
-        self.abort()
-
     @property
     def num_requests(self) -> int:
         return len(self.waiting) + len(self.running)

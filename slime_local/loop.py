@@ -237,6 +237,8 @@ def _train(run: Run, rollout_id: int, samples: list[Sample]) -> dict[str, float]
     if args.save_debug_train_data:
         save_plain(args.save_debug_train_data, rollout_id, {"rollout_data": data})
     _seed(args.seed, rollout_id)
+    if run.engine is not None:
+        run.engine.flush()  # its keys and values belong to weights that are about to change; training needs the memory
     metrics = train_data_metrics(args, data) | run.trainer.train(rollout_id, data)
     for step in run.trainer.last_steps:
         run.tracker.log(step, step["train/step"])

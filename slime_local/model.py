@@ -39,6 +39,25 @@ TOKENIZER_FILES = (
 )
 
 
+class Cast:
+    """A weight in another dtype: a fresh differentiable cast while it is trained, else a copy kept until `drop`."""
+
+    def __init__(self) -> None:
+        self.kept: Tensor | None = None
+
+    def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if weight.dtype == dtype:
+            return weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            return weight.to(dtype)
+        if self.kept is None or self.kept.dtype != dtype or self.kept.device != weight.device:
+            self.kept = weight.detach().to(dtype)
+        return self.kept
+
+    def drop(self) -> None:
+        self.kept = None
+
+
 class Linear(nn.Module):
     """A projection whose weight is kept in fp32 and multiplied in the model's compute dtype."""
 
@@ -47,19 +66,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.layer_norm_weight = nn.Parameter(torch.empty(n_in)) if norm else None
-        self._cast: Tensor | None = None
+        self.cast = Cast()
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.weight.dtype == x.dtype else self._weight_as(x.dtype)
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-
-    def _weight_as(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`: a fresh differentiable cast while training, a kept copy otherwise."""
-        if self.weight.requires_grad and torch.is_grad_enabled():
-            return self.weight.to(dtype)
-        if self._cast is None or self._cast.dtype != dtype or self._cast.device != self.weight.device:
-            self._cast = self.weight.detach().to(dtype)
-        return self._cast
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.cast(self.weight, x.dtype), bias)
 
 
 class Attention(nn.Module):
@@ -143,7 +154,7 @@ class Transformer(nn.Module):
         self.decoder = Decoder(config)
         if not config.tie_word_embeddings:
             self.output_layer = Linear(config.hidden_size, config.vocab_size)
-        self._head_cast: Tensor | None = None
+        self.head_cast = Cast()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,25 +197,14 @@ class Transformer(nn.Module):
         """Hidden states [N, H] -> logits [N, V] in fp32."""
         if not self.config.tie_word_embeddings:
             return self.output_layer(hidden).float()
-        weight = self.embedding.word_embeddings.weight
-        if weight.dtype != hidden.dtype:
-            weight = self._head_as(hidden.dtype)
-        return F.linear(hidden, weight).float()
-
-    def _head_as(self, dtype: torch.dtype) -> Tensor:
-        weight = self.embedding.word_embeddings.weight
-        if weight.requires_grad and torch.is_grad_enabled():
-            return weight.to(dtype)
-        if self._head_cast is None or self._head_cast.dtype != dtype:
-            self._head_cast = weight.detach().to(dtype)
-        return self._head_cast
+        return F.linear(hidden, self.head_cast(self.embedding.word_embeddings.weight, hidden.dtype)).float()
 
     def weights_changed(self) -> None:
         """Drop the low-precision copies of the weights; the engine calls it after every optimizer step."""
-        self._head_cast = None
+        self.head_cast.drop()
         for module in self.modules():
             if isinstance(module, Linear):
-                module._cast = None
+                module.cast.drop()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stage 3: GRPO with the shaped reward, from the SFT checkpoint. Edit the paths and the arrays.
+# Stage 3: GRPO with the shaped reward, from the SFT checkpoint. Edit the paths (absolute ones: a Ray job runs in
+# another folder) and the arrays.
 #   export GEMINI_API_KEY=... && bash examples/tau-bench/run_grpo.sh     slime, 2 GPUs; the customer is an LLM
 #   CHECK=1 bash examples/tau-bench/run_grpo.sh                          only check the command; PRINT=1 prints it
 #   HOST=local MODEL=smollm2-135M-Instruct HF_DIR=runs/SmolLM2-135M-Instruct CONFIG=examples/tau-bench/local.yaml \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Stage 2: SFT on teacher traces. Edit the paths and the arrays.
+# Stage 2: SFT on teacher traces. Edit the paths (absolute ones: a Ray job runs in
+# another folder) and the arrays.
 #   bash examples/tau-bench/run_sft.sh                slime, 2 GPUs
 #   CHECK=1 bash examples/tau-bench/run_sft.sh        only check the command; PRINT=1 prints it
 #   HOST=local MODEL=smollm2-135M-Instruct HF_DIR=runs/SmolLM2-135M-Instruct PROMPT=short bash examples/tau-bench/run_sft.sh
