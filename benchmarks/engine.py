@@ -15,6 +15,7 @@ import time
 from concurrent.futures import Future
 
 import torch
+from transformers import AutoTokenizer
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
@@ -31,18 +32,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     args = parser.parse_args()
     model = load_model(args.checkpoint).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     print(f"{args.checkpoint} in {model.dtype}, {torch.get_num_threads()} threads, {args.length} tokens a request")
     with torch.inference_mode():
         for batch in args.batches:
-            read, step = measure(model, batch, args)
+            read, step = measure(model, tokenizer, batch, args)
             rates = f"read {read:6.0f} tokens/s, sampled {batch / step:6.1f} tokens/s, {step:.3f} s a step"
             print(f"{batch:4} requests: {rates}")
 
 
-def measure(model, batch: int, args: argparse.Namespace) -> tuple[float, float]:
+def measure(model, tokenizer, batch: int, args: argparse.Namespace) -> tuple[float, float]:
     """(tokens read a second, shared ones counted once; median seconds of a step that samples one token a request)"""
-    engine = Engine(model, None, args.length + args.steps + 8, batch, own_thread=False)
-    engine.eos = set()
+    engine = Engine(model, tokenizer, args.length + args.steps + 8, batch, own_thread=False)
     params = SamplingParams(temperature=0.0, max_new_tokens=args.steps + 4, ignore_eos=True)
     for row in range(batch):
         engine.submit(Request(prompt(model, row, args), params, Future()))

@@ -36,7 +36,7 @@ ROLLOUT_ARGS=(
    --rollout-batch-size "${ROLLOUT_BATCH:-8}"
    --n-samples-per-prompt 4
    --global-batch-size "$((${ROLLOUT_BATCH:-8} * 4))" # all samples of a rollout: one optimizer step, on-policy
-   --rollout-max-response-len "${RESPONSE_LEN:-4096}"
+   --rollout-max-response-len "${RESPONSE_LEN:-4096}" # of the whole episode after the prompt; the teacher needs 1,520
    --rollout-max-context-len "${CONTEXT_LEN:-16384}"
    --rollout-temperature 0.7
    --custom-generate-function-path generate_with_tau.generate
