@@ -52,7 +52,10 @@ def convert(gguf: Path, out: Path) -> None:
         folder, name = os.path.split(gguf)
         # dequantize: the packed weights would decode at 3 tokens a second and could not be saved
         options = {"gguf_file": name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
-        AutoModelForCausalLM.from_pretrained(folder, **options).save_pretrained(work)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        # GGUF keeps it in single precision: slime refuses 9.999999747e-06 beside --norm-epsilon 1e-5.
+        model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
+        model.save_pretrained(work)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         tokenizer.chat_template = TEMPLATE.read_text()
         tokenizer.save_pretrained(work)

@@ -162,6 +162,12 @@ def test_other_families_are_refused(folder):
         load_model(folder)
 
 
+def test_the_small_models_epsilon_is_the_one_of_its_model_args(smol_dir):
+    """slime compares config and flags exactly; the GGUF file says 9.999999747378752e-06."""
+    epsilon = json.loads((smol_dir / "config.json").read_text())["rms_norm_eps"]
+    assert epsilon == 1e-5
+
+
 # ---- Decoding over kept keys and values --------------------------------------------------------------------------
 
 # Few different tokens and sequences cut out of few others, so that prefixes are shared in many ways.
