@@ -3,7 +3,9 @@
     PYTHONPATH=MEGATRON python -m pytest -m "slow or not slow" tests/test_slime.py
 
 with this project's requirements, sglang, sglang-router, ray and `pip install -e` of a slime checkout; MEGATRON is a
-Megatron-LM checkout with slime's patch. Without CUDA the replacements listed in tests/slime_edge.py stand at the edge.
+Megatron-LM checkout with slime's patch. SGLang wants an older transformers than the one that writes SmolLM2's folder:
+run the other tests in the project's own environment first, or name their cache with TAU2_CACHE.
+Without CUDA the replacements listed in tests/slime_edge.py stand at the edge.
 """
 
 import asyncio
