@@ -64,6 +64,29 @@ def test_an_evaluation_needs_a_checkpoint():
     assert done.returncode != 0 and "CHECKPOINT" in done.stderr
 
 
+CONVERTER = """
+import argparse, shutil
+parser = argparse.ArgumentParser()
+for flag in ("--input-dir", "--output-dir", "--origin-hf-dir"):
+    parser.add_argument(flag, required=True)
+args = parser.parse_args()
+assert args.input_dir.endswith("iter_0000073"), args
+shutil.copytree(args.origin_hf_dir, args.output_dir)
+"""
+
+
+def test_an_iteration_folder_is_converted_first(tiny_model_dir, tmp_path):
+    """slime's converter needs Megatron: in its place, one that takes the same flags."""
+    (tmp_path / "slime" / "tools").mkdir(parents=True)
+    (tmp_path / "slime" / "tools" / "convert_torch_dist_to_hf.py").write_text(CONVERTER)
+    checkpoint, output = tmp_path / "rl" / "iter_0000073", tmp_path / "eval.json"
+    checkpoint.mkdir(parents=True)
+    settings = {"CHECKPOINT": checkpoint, "HF_DIR": tiny_model_dir, "SLIME_DIR": tmp_path / "slime", "OUTPUT": output}
+    settings |= {"CUSTOMER": "scripted", "PROMPT": "short", "PORT": free_port()}
+    succeed(run("run_eval.sh", "--num-tasks", "1", "--max-turn-tokens", "16", **settings))
+    assert json.loads(output.read_text())["checkpoint"] == f"{checkpoint}_hf"
+
+
 def test_the_same_arrays_run_on_this_machine(tiny_model_dir, tmp_path):
     (tmp_path / "tiny.sh").write_text(f"MODEL_ARGS=({TINY_ARGS})\n")
     model = os.path.relpath(tmp_path / "tiny", ROOT / "scripts" / "models")
