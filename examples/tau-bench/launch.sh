@@ -27,13 +27,19 @@ launch() { # launch ARG...: train.py with these arguments
    fi
 }
 
+# Newer versions of Ray ask for a token of this machine; older ones know nothing of it.
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+
 # Workers inherit the environment of the shell that starts Ray: export API keys there. They are not part of the
 # runtime environment below, which everyone who can see the job can read.
 start_ray() {
+   [ "$RAY_AUTH_MODE" != token ] || ray get-auth-token --generate >/dev/null 2>&1 || true
    "$PYTHON" - "$RAY_ADDRESS" <<'PY' ||
-import sys, urllib.request
+import sys, urllib.error, urllib.request
 try:
     urllib.request.urlopen(sys.argv[1] + "/api/version", timeout=5)
+except urllib.error.HTTPError:
+    pass  # it answers
 except OSError:
     sys.exit(1)
 PY
