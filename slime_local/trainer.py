@@ -146,16 +146,18 @@ class Trainer:
     def _optimizer_step(self, samples: list[TrainSample], batch: int, bar: tqdm) -> dict[str, float]:
         scale = 1.0 / normaliser(samples, self.args.calculate_per_token_loss)
         sums = Counter()
-        learning = [sample for sample in samples if self._has_gradient(sample)]
-        still = [sample for sample in samples if not self._has_gradient(sample)]
-        for group in [*micro_batches(learning, self.args), *micro_batches(still, self.args)]:
-            with torch.set_grad_enabled(group[0] in learning):
+        parts: dict[bool, list[TrainSample]] = {True: [], False: []}
+        for sample in samples:
+            parts[self._has_gradient(sample)].append(sample)
+        learning, still = (micro_batches(part, self.args) for part in parts.values())
+        for group in [*learning, *still]:
+            with torch.set_grad_enabled(group in learning):
                 loss, metrics = self._loss(group)
             if loss.requires_grad:
                 (loss * scale).backward()
             sums.update({name: float(value) * scale for name, value in metrics.items()})
             bar.update(len(group))
-        if not learning and any(sample.has_loss for sample in still):  # a gradient of 0 is a gradient: moments decay
+        if still and not learning:  # a gradient of 0 is a gradient: moments decay
             for parameter in self.trainable.values():
                 parameter.grad = torch.zeros_like(parameter)
         norm = self._clipped_gradient_norm()

@@ -3,11 +3,13 @@
 Fixtures: `smol_dir` (SmolLM2-135M-Instruct as an HF folder, converted once and kept under .cache/ or $TAU2_CACHE),
 `tiny_model_dir` (a random two-layer llama with SmolLM2's tokenizer and chat template), `qwen3_tokenizer` (from the
 folder that $TAU2_TEST_QWEN3_TOKENIZER names; tests of it are skipped, with the reason, where that is not set) and
-`run_script`.
+`run_script`. TINY_ARGS are the flags that describe the tiny model.
 """
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +31,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     dict.fromkeys([str(ROOT), str(EXAMPLE), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
 )
+
+TINY_ARGS = (
+    "--swiglu --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention "
+    "--num-query-groups 2 --use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm "
+    "--norm-epsilon 1e-6 --rotary-base 10000 --vocab-size 49152"
+).split()
 
 CACHE = Path(os.environ.get("TAU2_CACHE") or ROOT / ".cache")
 
@@ -99,3 +107,20 @@ def run_script() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
 
     return run
+
+
+@pytest.fixture
+def own_signal_handler():
+    """Puts SIGTERM's handler back, which the evaluation's main() sets for its process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports of the loopback interface that nothing listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

@@ -17,17 +17,12 @@ from evaluate_tau2 import choose_tasks, main, task_stderr
 from openai_tool_adapter import load_chat_template
 from tau2_teacher import AlwaysTransfer
 
+pytestmark = pytest.mark.usefixtures("own_signal_handler")
+
 SCRIPT = "examples/tau-bench/evaluate_tau2.py"
 ORIGINAL_KEYS = (
     "checkpoint domain task_split total_tasks successes pass_at_1 avg_reward avg_steps avg_partial_score results"
 ).split()
-
-
-@pytest.fixture(autouse=True)
-def own_signal_handler():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

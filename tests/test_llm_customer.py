@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +24,8 @@ from tau2_reward_shaping import tau2_reward_post_process
 from tau2_teacher import ScriptedTeacher
 from tau2_users import make_customer
 
+pytestmark = pytest.mark.usefixtures("own_signal_handler")
+
 TASKS = load_tasks("telecom", "test")
 TASK = next(task for task in load_tasks("telecom", "full") if "[service_issue]airplane_mode_on[" in task.id)
 KEY = "sk-abcdefghijklmnop0123456789"
@@ -40,13 +41,6 @@ def impatient(monkeypatch):
     monkeypatch.setattr(tau2_llm_customer, "GRACE", 0.3)
     monkeypatch.setattr(tau2_llm_customer, "_preflights", {})
     monkeypatch.setattr(tau2_llm_customer, "_left_behind", set())
-
-
-@pytest.fixture(autouse=True)
-def own_signal_handler():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EXAMPLE, ROOT
+from conftest import EXAMPLE, ROOT, free_ports
 
 SFT = (
     "--rollout-function-path slime.rollout.sft_rollout.generate_rollout --loss-mask-type qwen3 --loss-type sft_loss "
@@ -72,7 +72,7 @@ def test_the_four_stages(run, tiny_model_dir):
 
 
 def evaluate(run, stage, checkpoint):
-    flags = ["--num-tasks", "2", "--prompt", "short", "--max-turn-tokens", "32", "--sglang-port", free_port()]
+    flags = ["--num-tasks", "2", "--prompt", "short", "--max-turn-tokens", "32", "--sglang-port", *free_ports(1)]
     return run(EXAMPLE / "evaluate_tau2.py", "--checkpoint", checkpoint, "--output-path", f"eval_{stage}.json", *flags)
 
 
@@ -92,13 +92,6 @@ def check_samples(path):
 
 def log(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def free_port():
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def test_bad_input_of_the_whole_run_is_told_before_anything_runs(run):

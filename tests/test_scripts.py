@@ -6,15 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EXAMPLE, ROOT
+from conftest import EXAMPLE, ROOT, TINY_ARGS, free_ports
 
 from slime_local.flags import parse_args
-
-TINY_ARGS = (
-    "--swiglu --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention "
-    "--num-query-groups 2 --use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm "
-    "--norm-epsilon 1e-6 --rotary-base 10000 --vocab-size 49152"
-)
 
 
 def run(script, *args, timeout=240, **settings):
@@ -82,13 +76,13 @@ def test_an_iteration_folder_is_converted_first(tiny_model_dir, tmp_path):
     checkpoint, output = tmp_path / "rl" / "iter_0000073", tmp_path / "eval.json"
     checkpoint.mkdir(parents=True)
     settings = {"CHECKPOINT": checkpoint, "HF_DIR": tiny_model_dir, "SLIME_DIR": tmp_path / "slime", "OUTPUT": output}
-    settings |= {"CUSTOMER": "scripted", "PROMPT": "short", "PORT": free_port()}
+    settings |= {"CUSTOMER": "scripted", "PROMPT": "short", "PORT": free_ports(1)[0]}
     succeed(run("run_eval.sh", "--num-tasks", "1", "--max-turn-tokens", "16", **settings))
     assert json.loads(output.read_text())["checkpoint"] == f"{checkpoint}_hf"
 
 
 def test_the_same_arrays_run_on_this_machine(tiny_model_dir, tmp_path):
-    (tmp_path / "tiny.sh").write_text(f"MODEL_ARGS=({TINY_ARGS})\n")
+    (tmp_path / "tiny.sh").write_text(f"MODEL_ARGS=({' '.join(TINY_ARGS)})\n")
     model = os.path.relpath(tmp_path / "tiny", ROOT / "scripts" / "models")
     folders = {"DATA_DIR": tmp_path / "data", "SFT_DIR": tmp_path / "sft", "RL_DIR": tmp_path / "rl"}
     local = {"HOST": "local", "MODEL": model, "HF_DIR": tiny_model_dir, "NUM_ROLLOUT": 1, **folders}
@@ -100,18 +94,10 @@ def test_the_same_arrays_run_on_this_machine(tiny_model_dir, tmp_path):
     succeed(run("run_grpo.sh", CONFIG=EXAMPLE / "local.yaml", ROLLOUT_BATCH=1, CONTEXT_LEN=1024, **local))  # resumes
     checkpoint, output = tmp_path / "rl" / "hf_0", tmp_path / "eval.json"
     settings = {"HOST": "local", "CHECKPOINT": checkpoint, "OUTPUT": output, "CUSTOMER": "scripted", "PROMPT": "short"}
-    succeed(run("run_eval.sh", "--num-tasks", "2", "--max-turn-tokens", "32", PORT=free_port(), **settings))
+    succeed(run("run_eval.sh", "--num-tasks", "2", "--max-turn-tokens", "32", PORT=free_ports(1)[0], **settings))
     assert json.loads(output.read_text())["total_tasks"] == 2
 
 
 def succeed(done):
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

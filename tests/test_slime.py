@@ -25,6 +25,7 @@ pytest.importorskip(
 
 from slime_edge import can_parse, parse, rollout_manager, slime_checkout, train_data  # isort: skip  (before transformers)
 
+import conftest
 from conftest import EXAMPLE, ROOT
 from fake_generate import FakeModel, serving
 
@@ -42,11 +43,7 @@ from teacher_traces import make_row
 
 needs_parser = pytest.mark.skipif(bool(can_parse()), reason=can_parse())
 
-TINY_ARGS = (
-    "--swiglu --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention "
-    "--num-query-groups 2 --use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm "
-    "--norm-epsilon 1e-6 --rotary-base 10000 --vocab-size 49152 --attention-dropout 0.0 --hidden-dropout 0.0"
-).split()
+TINY_ARGS = [*conftest.TINY_ARGS, "--attention-dropout", "0.0", "--hidden-dropout", "0.0"]
 PLUG_INS = (
     "--custom-generate-function-path generate_with_tau.generate "
     "--custom-reward-post-process-path tau2_reward_shaping.tau2_reward_post_process "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import free_ports
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,16 +263,6 @@ def end_group(process: subprocess.Popen) -> None:
 
 def ray(*words: str) -> list[str]:
     return [sys.executable, "-m", "ray.scripts.scripts", *words]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def wait_until_it_answers(url: str, process: subprocess.Popen, seconds: float) -> None:

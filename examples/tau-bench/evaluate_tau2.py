@@ -53,6 +53,7 @@ from tau2_episode import (
     check_customer,
     check_customer_key,
     episode_to_row,
+    git_commit,
     load_tasks,
     run_episode,
     tau2_version,
@@ -637,25 +638,7 @@ def versions() -> dict[str, str | None]:
     for name in ("torch", "transformers", "sglang"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return {**found, "git": git_commit()}
-
-
-def git_commit() -> str | None:
-    """Of the folder this file is in; with "+" when it has changes."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty=+",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return {**found, "git": git_commit(Path(__file__).parent, 12)}
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -1,4 +1,4 @@
-# How run_sft.sh and run_grpo.sh start train.py with their arrays; they source this file.
+# What run_sft.sh, run_grpo.sh and run_eval.sh share: where things lie, and how train.py is started with their arrays.
 #   HOST=slime   (default) `ray job submit` to $RAY_ADDRESS; Ray is started here when nothing answers there
 #   HOST=local   this machine, no Ray: slime_local
 #   PRINT=1      print the command, one argument a line, and stop
@@ -27,12 +27,14 @@ launch() { # launch ARG...: train.py with these arguments
    fi
 }
 
-# Newer versions of Ray ask for a token of this machine; older ones know nothing of it.
-export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+write_tasks() { # the tasks, into $DATA_DIR, unless they are there
+   [ -e "$DATA_DIR/telecom_pool_tasks.jsonl" ] || "$PYTHON" "$EXAMPLE/tau2_mock.py" --local_dir "$DATA_DIR" --splits train test pool
+}
 
 # Workers inherit the environment of the shell that starts Ray: export API keys there. They are not part of the
 # runtime environment below, which everyone who can see the job can read.
 start_ray() {
+   export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token} # newer versions of Ray ask for one; older ones know nothing of it
    [ "$RAY_AUTH_MODE" != token ] || ray get-auth-token --generate >/dev/null 2>&1 || true
    "$PYTHON" - "$RAY_ADDRESS" <<'PY' ||
 import sys, urllib.error, urllib.request

@@ -14,6 +14,7 @@ SFT_DIR=${SFT_DIR:-/root/Qwen3-4B-Instruct-2507_sft_telecom}
 RL_DIR=${RL_DIR:-/root/Qwen3-4B-Instruct-2507_rl_telecom}
 DATA_DIR=${DATA_DIR:-/root/tau2-telecom}
 CONFIG=${CONFIG:-$EXAMPLE/slime.yaml} # prompt and customer
+ROLLOUT_BATCH=${ROLLOUT_BATCH:-8}
 
 source "$ROOT/scripts/models/$MODEL.sh" # MODEL_ARGS
 
@@ -33,9 +34,9 @@ ROLLOUT_ARGS=(
    --input-key index
    --rollout-shuffle
    --num-rollout "${NUM_ROLLOUT:-74}"
-   --rollout-batch-size "${ROLLOUT_BATCH:-8}"
+   --rollout-batch-size "$ROLLOUT_BATCH"
    --n-samples-per-prompt 4
-   --global-batch-size "$((${ROLLOUT_BATCH:-8} * 4))" # all samples of a rollout: one optimizer step, on-policy
+   --global-batch-size "$((ROLLOUT_BATCH * 4))" # all samples of a rollout: one optimizer step, on-policy
    --rollout-max-response-len "${RESPONSE_LEN:-4096}" # of the whole episode after the prompt; the teacher needs 1,520
    --rollout-max-context-len "${CONTEXT_LEN:-16384}"
    --rollout-temperature 0.7
@@ -97,8 +98,6 @@ MISC_ARGS=(
    # --use-tensorboard --tb-project-name tau2-warmup
 )
 
-if [ ! -e "$DATA_DIR/telecom_pool_tasks.jsonl" ] && [ "${PRINT:-0}" != 1 ]; then
-   "$PYTHON" "$EXAMPLE/tau2_mock.py" --local_dir "$DATA_DIR" --splits train test pool
-fi
+[ "${PRINT:-0}" = 1 ] || write_tasks
 launch "${MODEL_ARGS[@]}" "${CKPT_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${EVAL_ARGS[@]}" "${GRPO_ARGS[@]}" \
    "${OPTIMIZER_ARGS[@]}" "${PERF_ARGS[@]}" "${MISC_ARGS[@]}"

@@ -80,7 +80,7 @@ MISC_ARGS=(
 )
 
 if [ ! -e "$TRACES" ] && [ "${PRINT:-0}" != 1 ]; then
-   "$PYTHON" "$EXAMPLE/tau2_mock.py" --local_dir "$DATA_DIR" --splits train test pool
+   write_tasks
    "$PYTHON" "$EXAMPLE/teacher_traces.py" --local_dir "$DATA_DIR" --prompt "$PROMPT"
 fi
 launch "${MODEL_ARGS[@]}" "${CKPT_ARGS[@]}" "${SFT_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${PERF_ARGS[@]}" "${MISC_ARGS[@]}"

@@ -354,12 +354,17 @@ def _checkout_version(root: Path) -> str:
         version = f"{project['name']} {project['version']}"
     except (OSError, KeyError, ValueError):
         return f"tau2 in {root}"
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"]
+    commit = git_commit(root, 7)
+    return f"{version} ({commit})" if commit else version
+
+
+def git_commit(folder: Path, digits: int) -> str | None:
+    """Of the checkout that holds `folder`, with "+" when it has changes; None for a copy without history, or no git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", f"--abbrev={digits}", "--exclude=*"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # a copy without its history, or no git
-        return version
-    return f"{version} ({commit})"
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def domains() -> tuple[str, ...]:
