@@ -3,12 +3,10 @@
 Nothing here loads a model. Every problem found becomes one line of one UsageError.
 """
 
-import json
 import math
 import os
 import re
 import socket
-import struct
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -20,7 +18,7 @@ from slime_local.checkpoint import find_start, saved_iterations
 from slime_local.data import read_numbered_rows, row_tools, split_slice
 from slime_local.errors import UsageError
 from slime_local.flags import MODEL_SHAPE, check_combinations, load_flags
-from slime_local.hf_folder import check_hf_folder, weight_files
+from slime_local.hf_folder import check_hf_folder, read_json_object, read_safetensors_header, weight_files
 from slime_local.plugins import EQUIVALENTS, SFT_ROLLOUT, load_function
 
 PLUGIN_FLAGS = (
@@ -218,7 +216,7 @@ def _check_model_shape(args: Namespace) -> None:
     path = Path(args.hf_checkpoint or "") / "config.json"
     if not path.is_file():
         return  # _check_folders says so
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json_object(path)
     dests = {flag.name: flag.dest for flag in load_flags()}
     lines = []
     for flag, key in MODEL_SHAPE.items():
@@ -268,15 +266,8 @@ def memory_needed(args: Namespace) -> float:
 def parameter_counts(folder: Path) -> Iterator[tuple[str, int]]:
     """(HF name, number of values) of every tensor in the folder's safetensors files."""
     for file in weight_files(folder):
-        with (folder / file).open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for dimension in tensor["shape"]:
-                    size *= dimension
-                yield name, size
+        for name, tensor in read_safetensors_header(folder / file).items():
+            yield name, math.prod(tensor["shape"])
 
 
 def megatron_name(name: str) -> str:

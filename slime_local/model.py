@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slime_local.attention import attend_paths
-from slime_local.errors import UsageError
+from slime_local.errors import UsageError, one_line
 from slime_local.hf_folder import check_hf_folder, weight_files
 from slime_local.prefixes import share_prefixes
 
@@ -257,7 +257,11 @@ def load_config(path: str | os.PathLike):
     """The HF config of a folder; UsageError for families this host does not run."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(check_hf_folder(path), trust_remote_code=False)
+    folder = check_hf_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the file's values decide what transformers raises
+        raise UsageError(f"{path}: transformers cannot read its config.json ({one_line(error)})") from error
     if config.model_type not in FAMILIES:
         raise UsageError(f"{path}: model type {config.model_type!r} is not one of {', '.join(FAMILIES)}")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -272,8 +276,11 @@ def load_model(
     """The model of an HF folder. `dtype` is the compute dtype (default: the faster one here); parameters are fp32."""
     config = load_config(path)
     device = torch.device(device) if device is not None else pick_device()
-    with torch.device("meta"):
-        model = Transformer(config, dtype or pick_dtype(device))
+    try:
+        with torch.device("meta"):
+            model = Transformer(config, dtype or pick_dtype(device))
+    except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path}: its config.json describes no model ({one_line(error)})") from error
     model.to_empty(device=device)
     load_weights(model, path)
     return model
@@ -378,6 +385,8 @@ def save_hf(model: Transformer, out_dir: str | os.PathLike, source_dir: str | os
                 shutil.copy(source / name, work / name)
         work.chmod(0o755)
         replace_folder(work, out)
+    except SafetensorError as error:  # its words for a full disk
+        raise OSError(f"{out}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return out

@@ -21,6 +21,7 @@ from tau2_episode import AgentToolCall, AgentTurn, BadInput
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 INVALID_CALL = "invalid_tool_call"
+DEEPEST = 20  # levels of a call's arguments
 MAX_QUOTED = 400  # characters of a broken call that are kept in the record
 
 
@@ -101,12 +102,12 @@ def _read_call(body: str, closed: bool, tools: Sequence[dict]) -> AgentToolCall:
         return _invalid(body, f"the tool call has no {CLOSE} or no {OPEN}: write {OPEN}, one JSON object, {CLOSE}")
     try:
         call = json.loads(body)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return _invalid(body, f"the tool call is not valid JSON ({str(error)[:80]})")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return _invalid(body, 'the tool call is not an object with "name" and "arguments"')
     arguments, problem = _read_arguments(call.get("arguments", {}))
-    problem = problem or _check_against(call["name"], arguments, tools)
+    problem = problem or _unusable(arguments) or _check_against(call["name"], arguments, tools)
     return _invalid(body, problem) if problem else AgentToolCall(name=call["name"], arguments=arguments)
 
 
@@ -115,9 +116,30 @@ def _read_arguments(value: Any) -> tuple[dict, str | None]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return {}, '"arguments" is a string that is not valid JSON'
     return (value, None) if isinstance(value, dict) else ({}, '"arguments" is not a JSON object')
+
+
+def _unusable(arguments: dict) -> str | None:
+    """What JSON can hold and neither a tokenizer nor a file can: half a surrogate pair, a hundred nested lists."""
+    if _depth(arguments) > DEEPEST:
+        return f'"arguments" is nested more than {DEEPEST} deep'
+    try:
+        json.dumps(arguments, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return '"arguments" holds half of a surrogate pair'
+    return None
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, counted without recursion."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        children = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [child for group in children for child in group]
+    return depth
 
 
 def _check_against(name: str, arguments: dict, tools: Sequence[dict]) -> str | None:
@@ -339,6 +361,7 @@ def load_chat_template(path: str, template_kwargs_json: str = "{}") -> ChatTempl
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: no tokenizer could be loaded from there ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # a broken file raises what the library that reads it happens to raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadInput(f"{path}: no tokenizer could be loaded from there ({reason})") from error
     return ChatTemplate(tokenizer, json.loads(template_kwargs_json))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -20,6 +21,18 @@ from tau2_episode import BadInput
 
 STAGES = ("base", "sft", "grpo")
 ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")
+NEEDED = {
+    "pass_at_1": int | float,
+    "pass_at_1_stderr": int | float | None,
+    "avg_partial_score": int | float,
+    "floor_always_transfer": int | float | None,
+    "total_tasks": int,
+    "by_issue_type": dict,
+    "customer": dict,
+    "prompt": str,
+    "domain": str,
+    "task_split": str,
+}
 
 
 def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
@@ -30,7 +43,7 @@ def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
         path = run_dir / f"eval_{stage}.json"
         if path.exists():
             stages[stage] = {
-                **json.loads(path.read_text(encoding="utf-8")),
+                **read_evaluation(path),
                 "stage_minutes": minutes[stage] + minutes[f"eval_{stage}"],
             }
     if not stages:
@@ -38,11 +51,26 @@ def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
     return stages
 
 
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """A result of evaluate_tau2.py. Raises BadInput for any other file."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        missing = [name for name, kind in NEEDED.items() if not isinstance(result[name], kind)]
+    except (ValueError, RecursionError, LookupError, TypeError) as error:
+        missing = [f"{type(error).__name__}: {error}"]
+    if missing:
+        raise BadInput(f"{path} is no result of evaluate_tau2.py ({missing[0]}): remove it and evaluate again")
+    return result
+
+
 def read_minutes(path: Path) -> dict[str, float]:
     """Minutes per stage from lines "stage<TAB>seconds"; an interrupted stage has several, which add up."""
     minutes: dict[str, float] = defaultdict(float)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        stage, seconds = line.split("\t")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        stage, _, seconds = line.partition("\t")
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", seconds):
+            raise BadInput(f"{path}: {line[:40]!r} is no stage and its seconds: remove the line")
         minutes[stage] += float(seconds) / 60
     return minutes
 
@@ -73,13 +101,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _solved(issue: dict[str, Any] | None) -> str:
-    return "-" if issue is None else f"{issue['successes']}/{issue['total']}"
+    return "-" if not isinstance(issue, dict) else f"{issue.get('successes')}/{issue.get('total')}"
 
 
 def print_report(result: dict[str, Any], path: Path) -> None:
     last = list(result["stages"].values())[-1]
     print(table(result))
-    print(f"floor (always transfer): {result['floor']:.3f}   minutes in all: {result['minutes']}")
+    floor = "-" if result["floor"] is None else f"{result['floor']:.3f}"
+    print(f"floor (always transfer): {floor}   minutes in all: {result['minutes']}")
     print(f"customer: {json.dumps(result['customer'])}   prompt: {result['prompt']}")
     print(
         f"{last['total_tasks']} {last['domain']} {last['task_split']} tasks, greedy; +- is one standard error of "
@@ -94,10 +123,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         result = summary(read_stages(args.run_dir), read_minutes(args.run_dir / "minutes.tsv"))
+        write_json(args.run_dir / "summary.json", result)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_json(args.run_dir / "summary.json", result)
+    except OSError as error:
+        print(f"error: {error.filename or args.run_dir}: {error.strerror or error}", file=sys.stderr)
+        return 2
     print_report(result, args.run_dir / "summary.json")
     return 0
 

@@ -572,7 +572,7 @@ async def run_episode(
     Whatever happens inside the episode becomes its `end_reason`; only BadInput (unusable settings) and
     asyncio.CancelledError leave this function."""
     config.validate()
-    task = _tau2().tasks.Task.model_validate(task) if isinstance(task, dict) else task
+    task = _read_task(task) if isinstance(task, dict) else task
     databases = None
     if config.redraw_ids:
         task, databases = redraw(task, seed)
@@ -581,6 +581,13 @@ async def run_episode(
         return await _Run(task, agent, config, seed, should_stop).run()
     finally:
         _redrawn_databases.reset(token)
+
+
+def _read_task(task: dict) -> Any:
+    try:
+        return _tau2().tasks.Task.model_validate(task)
+    except ValueError as error:  # pydantic's
+        raise BadInput(f"the task {str(task.get('id'))[:80]!r} is not one of tau2's: {_describe(error)}") from error
 
 
 class _Seat:
@@ -862,7 +869,7 @@ def _stop_reason(text: str) -> EndReason:
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _unusable(call: AgentToolCall) -> str | None:

@@ -53,6 +53,8 @@ from tau2_teacher import STYLES, ScriptedTeacher
 HUB_REPO = "Jarrodbarnes/tau2-sft-v4-dataset"
 HUB_FILE = "blended_traces_v4.jsonl"
 TRIES = 3  # of an episode that the machinery broke
+MOST = 1_000_000  # episodes, or what else is counted on the command line
+ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,6 +231,7 @@ def convert_dialogue(messages: Any, tool_names: set[str], keep_thinking: bool = 
     open_calls: list[dict] = []
     for message in messages:
         role, content = message["role"], message.get("content") or ""
+        _expect(isinstance(content, str) and isinstance(message.get("name", ""), str | None), "no message list")
         if role == "assistant":
             _expect(not open_calls, "tool call without result")
             turn = convert_turn(content, tool_names, len(converted), keep_thinking)
@@ -275,10 +278,11 @@ def _text_or_call(body: str, tool_names: set[str], number: int) -> dict:
         return {"content": body}
     try:
         action, end = json.JSONDecoder().raw_decode(body, start.start())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Dropped("broken JSON in a turn") from error
     _expect(CALL.search(body, end) is None, "several calls in a turn")
     name, arguments = action["name"], _arguments(action.get("arguments"))
+    _expect(isinstance(name, str), "unknown tool")
     if name in RESPOND_TOOLS:
         said = next((arguments[key] for key in RESPOND_KEYS if arguments.get(key)), None)
         _expect(isinstance(said, str), "empty turn")
@@ -292,7 +296,7 @@ def _arguments(value: Any) -> dict:
     if isinstance(value, str):
         try:
             value = json.loads(value or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Dropped("broken JSON in a turn") from error
     value = {} if value is None else value
     _expect(isinstance(value, dict), "arguments are no object")
@@ -336,7 +340,7 @@ def traces_from_hub(args: argparse.Namespace) -> tuple[list[dict], Counter]:
 def json_object(text: str) -> dict:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("not a JSON object")  # the text is not repeated: it may hold a key
@@ -348,6 +352,8 @@ def mix_weights(text: str) -> dict[str, int]:
     weights = {}
     for part in text.split(","):
         kind, _, number = part.partition("=")
+        if kind.strip() not in ISSUES:
+            raise argparse.ArgumentTypeError(f"{kind.strip()!r} is no issue type; they are: {', '.join(ISSUES)}")
         weights[kind.strip()] = positive(number)
     return weights
 
@@ -360,8 +366,12 @@ def share(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number from 1 to {MOST:,}")
     return value
 
 
