@@ -4,8 +4,8 @@
     python3 train.py --check-only ...        checks the command and stops
     python3 train.py --host local ...        this machine even where slime is installed (also: slime, auto)
 
-The command is checked before anything loads; a problem is one line and exit code 2. What the system refuses later (a full
-disk) is one line and exit code 1.
+The command is checked before anything loads; a problem is one line and exit code 2. What the system refuses later (a
+full disk) is one line and exit code 1.
 """
 
 import argparse

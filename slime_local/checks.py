@@ -167,11 +167,12 @@ def _check_data(args: Namespace) -> None:
     if args.prompt_data is None:
         raise UsageError("--prompt-data is missing: the file with the prompts")
     sft = args.rollout_function_path == SFT_ROLLOUT
+    controls = _control_tokens(Path(args.hf_checkpoint or "")) if sft else None
     for number, row in read_numbered_rows(args.prompt_data):
         where = f"--prompt-data {split_slice(args.prompt_data)[0]} line {number}"
         _check_row(where, row, args.input_key, "--input-key", args.label_key, args)
         if sft:
-            _check_dialogue(where, row[args.input_key])
+            _check_dialogue(where, row[args.input_key], controls)
     for dataset in args.eval_datasets:
         for number, row in read_numbered_rows(dataset.path):
             where = f"--eval-prompt-data {split_slice(dataset.path)[0]} line {number}"
@@ -193,12 +194,44 @@ def _check_row(where: str, row: dict[str, Any], key: str, flag: str, label_key: 
         raise UsageError(f"{where}: {error}") from error
 
 
-def _check_dialogue(where: str, messages: Any) -> None:
-    is_list = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m for m in messages)
-    if not is_list:
-        raise UsageError(f"{where}: SFT needs a list of messages with roles")
+def _control_tokens(folder: Path) -> re.Pattern | None:
+    """Every token that the tokenizer has added to its vocabulary, as one pattern; None where there is none."""
+    file = folder / "tokenizer.json"
+    tokens = read_json_object(file).get("added_tokens") if file.is_file() else None
+    texts = [token.get("content") for token in tokens or [] if isinstance(token, dict)]
+    found = sorted((text for text in texts if isinstance(text, str) and text), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found))) if found else None
+
+
+def _check_dialogue(where: str, messages: Any, controls: re.Pattern | None) -> None:
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise UsageError(
+            f"{where}: SFT needs a list of messages, each with a role, a text as content, and tool_calls with names"
+        )
+    for message in messages:
+        if (
+            controls
+            and message["role"] in ("user", "tool")
+            and (found := controls.search(message.get("content") or ""))
+        ):
+            raise UsageError(
+                f"{where}: a {message['role']} message holds {found.group()!r}, which the template would turn into a "
+                "control token: remove the row, or the text"
+            )
     if not any(m["role"] == "assistant" and m.get("step_loss_mask", 1) == 1 for m in messages):
         raise UsageError(f"{where}: no assistant turn to train")
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    calls = message.get("tool_calls") or []
+    return isinstance(message.get("content"), str | None) and isinstance(calls, list) and all(map(_is_call, calls))
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 # ---- Model ---------------------------------------------------------------------------------------------------

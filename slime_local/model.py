@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from slime_local.attention import attend_paths
 from slime_local.errors import UsageError, one_line
-from slime_local.hf_folder import check_hf_folder, weight_files
+from slime_local.hf_folder import check_hf_folder, read_safetensors_header, weight_files
 from slime_local.prefixes import share_prefixes
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -275,6 +276,7 @@ def load_model(
 ) -> Transformer:
     """The model of an HF folder. `dtype` is the compute dtype (default: the faster one here); parameters are fp32."""
     config = load_config(path)
+    check_size(config, Path(path))
     device = torch.device(device) if device is not None else pick_device()
     try:
         with torch.device("meta"):
@@ -284,6 +286,20 @@ def load_model(
     model.to_empty(device=device)
     load_weights(model, path)
     return model
+
+
+def check_size(config, path: Path) -> None:
+    """Raises UsageError where the config speaks of more layers or a larger vocabulary than the weights have: a model
+    of that size must not be built to find it out."""
+    tensors = {name: t for file in weight_files(path) for name, t in read_safetensors_header(path / file).items()}
+    layers = {name.split(".")[2] for name in tensors if re.match(r"model\.layers\.\d+\.", name)}
+    embedding = tensors.get("model.embed_tokens.weight", {}).get("shape")
+    found = {"num_hidden_layers": len(layers), "[vocab_size, hidden_size]": embedding}
+    said = {"num_hidden_layers": config.num_hidden_layers}
+    said["[vocab_size, hidden_size]"] = [config.vocab_size, config.hidden_size]
+    for name, value in said.items():
+        if value != found[name]:
+            raise UsageError(f"{path}: config.json says {name} {value}, the weights have {found[name]}")
 
 
 @torch.no_grad()

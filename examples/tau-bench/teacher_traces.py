@@ -53,6 +53,7 @@ from tau2_teacher import STYLES, ScriptedTeacher
 HUB_REPO = "Jarrodbarnes/tau2-sft-v4-dataset"
 HUB_FILE = "blended_traces_v4.jsonl"
 TRIES = 3  # of an episode that the machinery broke
+CONTROL_TEXT = re.compile(r"<\|[^|<>]{1,40}\|>|</?(tool_call|tool_response|tools|think)>")
 MOST = 1_000_000  # episodes, or what else is counted on the command line
 ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")
 
@@ -163,7 +164,15 @@ def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter]
     draws = draw_tasks(sources, args.num_traces or args.epochs * len(sources), args.mix, args.seed)
     episodes = asyncio.run(run_teacher(draws, config, args.style, args.slip, args.seed, args.max_concurrency))
     dropped = Counter(f"not solved, {e.end_reason.value}" for e in episodes if not e.solved)
-    return [make_row(e, d, config) for e, d in zip(episodes, draws, strict=True) if e.solved], dropped
+    rows = [make_row(e, d, config) for e, d in zip(episodes, draws, strict=True) if e.solved]
+    kept = [row for row in rows if not holds_control_text(row["prompt"])]
+    dropped["control token in a text"] += len(rows) - len(kept)
+    return kept, +dropped
+
+
+def holds_control_text(messages: list[dict]) -> bool:
+    """Whether a customer or a tool wrote what a chat template could turn into a control token."""
+    return any(m["role"] in ("user", "tool") and CONTROL_TEXT.search(m["content"] or "") for m in messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,7 +335,9 @@ def traces_from_hub(args: argparse.Namespace) -> tuple[list[dict], Counter]:
     rows, dropped = [], Counter()
     for row in source:
         try:
-            rows.append(convert_hub_row(row, args))
+            converted = convert_hub_row(row, args)
+            _expect(not holds_control_text(converted["prompt"]), "control token in a text")
+            rows.append(converted)
         except Dropped as reason:
             dropped[str(reason)] += 1
     return rows, dropped
