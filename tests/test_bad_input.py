@@ -24,8 +24,7 @@ from typing import Any
 import pytest
 import torch
 from aiohttp import ClientSession, web
-from conftest import EXAMPLE, ROOT, TINY_ARGS
-from fake_generate import serving_app
+from conftest import EXAMPLE, ROOT
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from training_setup import VOCAB, save_tiny_model
@@ -36,8 +35,8 @@ import summarize
 import tau2_mock
 import teacher_traces
 import train
-from generate_with_tau import GenerationError, TokenAgent, TokenLimits, close_session
-from openai_tool_adapter import ChatTemplate, load_chat_template, parse_turn, render_turn
+from generate_with_tau import GenerationError, TokenAgent, TokenLimits
+from openai_tool_adapter import load_chat_template, parse_turn, render_turn
 from slime_local import checkpoint, server, smollm2
 from slime_local.checks import _check_dialogue, _check_row
 from slime_local.data import read_rows
@@ -56,7 +55,6 @@ from tau2_episode import (
     load_tasks,
     run_episode,
 )
-from tau2_llm_customer import UnusableCustomer
 from tau2_users import ScriptedCustomer
 
 pytestmark = [
@@ -292,9 +290,16 @@ def evaluation_rows(smol_dir, tmp_path) -> Fuzzer:
 
 def summaries(smol_dir, tmp_path) -> Fuzzer:
     result = {
-        **{"pass_at_1": 0.5, "pass_at_1_stderr": 0.1, "avg_partial_score": 0.5, "floor_always_transfer": 0.3},
-        **{"total_tasks": 2, "by_issue_type": {"mms_issue": {"successes": 1, "total": 2}}, "customer": {"kind": "x"}},
-        **{"prompt": "short", "domain": "telecom", "task_split": "test"},
+        "pass_at_1": 0.5,
+        "pass_at_1_stderr": 0.1,
+        "avg_partial_score": 0.5,
+        "floor_always_transfer": 0.3,
+        "total_tasks": 2,
+        "by_issue_type": {"mms_issue": {"successes": 1, "total": 2}},
+        "customer": {"kind": "x"},
+        "prompt": "short",
+        "domain": "telecom",
+        "task_split": "test",
     }
     minutes = "base\t1\neval_base\t20\n"
 
@@ -319,10 +324,26 @@ def command_flags(smol_dir, tmp_path) -> Fuzzer:
     base = ["--host", "local", "--check-only", "--hf-checkpoint", str(model), "--prompt-data", str(rows)]
     base += "--input-key q --rollout-batch-size 2 --num-rollout 2 --custom-rm-path operator.add".split()
     base += ["--n-samples-per-prompt", "2", "--global-batch-size", "4", "--rollout-max-response-len", "4"]
-    values = st.sampled_from(
-        ["0", "1", "-1", "2", "3.5", "nan", "inf", "1e400", "9" * 5000, "", "x", "None", "{}", "[1]", "@[:]", "\ud800"]
-        + [str(model), str(rows), str(tmp_path / "none"), f"{rows}@[0:1]", str(yaml), "operator.add", "iter_0000003"]
-    )
+    odd = [
+        "0",
+        "1",
+        "-1",
+        "2",
+        "3.5",
+        "nan",
+        "inf",
+        "1e400",
+        "9" * 5000,
+        "",
+        "x",
+        "None",
+        "{}",
+        "[1]",
+        "@[:]",
+        "\ud800",
+    ]
+    paths = [str(model), str(rows), str(tmp_path / "none"), f"{rows}@[0:1]", str(yaml), "operator.add", "iter_0000003"]
+    values = st.sampled_from([*odd, *paths])
     names = st.sampled_from([flag.name for flag in load_flags() if flag.name not in ("--help", "-h")])
     word = st.one_of(names, st.sampled_from(sorted(HONOURED)), values, st.text(max_size=8))
 
@@ -607,7 +628,7 @@ def episodes(smol_dir, tmp_path) -> Fuzzer:
     lookups = {"name": "get_details_by_id", "arguments": {"id": "L1002"}}
     any_call = st.builds(lambda name, arguments: {"name": name, "arguments": arguments}, st.sampled_from(names), JSON)
     calls = (changed(call) | changed(lookups) | any_call).map(lambda c: f"<tool_call>{json.dumps(c)}</tool_call>")
-    texts = calls | ANY_TEXT | st.sampled_from(["x" * 100_000, *CONTROLS, "###STOP###", "toggle_data()", "\x00"])
+    texts = calls | ANY_TEXT | st.sampled_from(["x" * 5_000, *CONTROLS, "###STOP###", "toggle_data()", "\x00"])
 
     class Says:
         def __init__(self, texts: list[str]) -> None:
@@ -623,7 +644,7 @@ def episodes(smol_dir, tmp_path) -> Fuzzer:
             return parse_turn(text.encode(errors="replace").decode(), tools, CONTROLS).turn
 
     def check(said: list[str]) -> None:
-        episode = asyncio.run(run_episode(task, Says(list(said)), EpisodeConfig(max_steps=12, prompt="short")))
+        episode = asyncio.run(run_episode(task, Says(list(said)), EpisodeConfig(max_steps=8, prompt="short")))
         assert not episode.end_reason.is_infrastructure, (episode.end_reason, episode.detail)
         assert episode.reward is not None and episode.checks is not None
         json.dumps(episode.simulation.model_dump(mode="json"), ensure_ascii=False).encode()
@@ -704,3 +725,218 @@ def test_a_hundred_thousand_cases(smol_dir, tmp_path):
         print(f"{name}: {done[name]} cases", flush=True)
     print(f"in all: {done.total()} cases", flush=True)
     assert done.total() >= wanted
+
+
+# ---- Wrong commands ----------------------------------------------------------------------------------------------
+
+TRAIN = (
+    "--host local --check-only --hf-checkpoint m --prompt-data rl.jsonl --input-key q --rollout-batch-size 2 "
+    "--num-rollout 2 --custom-rm-path operator.add --n-samples-per-prompt 2 --global-batch-size 4 "
+    "--rollout-max-response-len 4"
+).split()
+SFT = (
+    "--rollout-function-path slime.rollout.sft_rollout.generate_rollout --loss-type sft_loss --n-samples-per-prompt 1 "
+    "--global-batch-size 2 --debug-train-only --disable-compute-advantages-and-returns"
+).split()
+EVALUATE = "--agent teacher --output-path out.json".split()
+MAINS = {
+    "train.py": (train.main, TRAIN),
+    "tau2_mock.py": (tau2_mock.main, ["--local_dir", "data"]),
+    "teacher_traces.py": (teacher_traces.main, ["--local_dir", "data"]),
+    "evaluate_tau2.py": (evaluate_tau2.main, EVALUATE),
+    "summarize.py": (summarize.main, []),
+    "slime_local.server": (server.main, []),
+    "slime_local.smollm2": (smollm2.main, []),
+}
+WRONG_COMMANDS = [
+    ("train.py", "--rollout-batchsize 2", "did you mean --rollout-batch-size?"),
+    ("train.py", "--host mars", "choose auto, local or slime"),
+    ("train.py", "--host slime --no-such-flag", "--no-such-flag is not a flag of slime"),
+    ("train.py", "extra", "belongs to no flag"),
+    ("train.py", "--hf-checkpoint nowhere", "no model folder at nowhere"),
+    ("train.py", "--hf-checkpoint data", "tools/convert_torch_dist_to_hf.py"),
+    ("train.py", "--hf-checkpoint cut", "is cut short or damaged"),
+    ("train.py", "--hf-checkpoint no-json", "config.json is not JSON"),
+    ("train.py", "--hf-checkpoint no-index", "weight_map does not name"),
+    ("train.py", "--num-layers 36", "--num-layers 36 does not fit m, whose num_hidden_layers is 2"),
+    ("train.py", "--prompt-data none.jsonl", "no data file none.jsonl"),
+    ("train.py", "--prompt-data empty.jsonl", "empty.jsonl has no rows"),
+    ("train.py", "--prompt-data notes.txt", "data files end in .jsonl or .parquet"),
+    ("train.py", "--prompt-data torn.jsonl", "torn.jsonl line 2 is not JSON"),
+    ("train.py", "--prompt-data list.jsonl", "list.jsonl line 1 is not a JSON object"),
+    ("train.py", "--prompt-data latin.jsonl", "latin.jsonl is not UTF-8 text"),
+    ("train.py", "--prompt-data deep.jsonl", "deep.jsonl line 1 is not JSON that can be read"),
+    ("train.py", "--prompt-data half.jsonl", "half.jsonl line 1 holds half of a surrogate pair"),
+    ("train.py", "--prompt-data rl.jsonl@[7:9]", "has no rows"),
+    ("train.py", "--input-key question", "line 1 has no 'question': choose with --input-key among q"),
+    ("train.py", "--label-key answer", "line 1 has no 'answer'"),
+    ("train.py", "--rollout-batch-size 0", "--rollout-batch-size 0: it must be 1 or more"),
+    ("train.py", "--rollout-batch-size two", "invalid int value: 'two'"),
+    ("train.py", "--num-rollout -1", "--num-rollout -1: it must be 0 or more"),
+    ("train.py", "--global-batch-size 3", "not a multiple of --global-batch-size 3"),
+    ("train.py", "--num-steps-per-rollout 3", "contradicts --num-steps-per-rollout"),
+    ("train.py", "--num-steps-per-rollout 0", "it must be 1 or more"),
+    ("train.py", "--lr nan", "--lr nan: give a finite number"),
+    ("train.py", "--lr -1", "--lr -1.0: it must be 0 or more"),
+    ("train.py", "--seed -1", "--seed -1: it must be 0 or more"),
+    ("train.py", "--sglang-router-port 70000", "it must be 65535 or less"),
+    ("train.py", "--rollout-temperature 0", "must be above 0"),
+    ("train.py", "--rollout-top-p 0.5", "--rollout-top-p must be 1.0"),
+    ("train.py", "--advantage-estimator ppo", "works under slime only"),
+    ("train.py", "--partial-rollout", "works under slime only"),
+    ("train.py", "--wandb-key x", "WANDB_API_KEY"),
+    ("train.py", "--use-kl-loss", "add --ref-load"),
+    ("train.py", "--use-dynamic-batch-size", "needs --max-tokens-per-gpu"),
+    ("train.py", "--eval-interval 1", "add --eval-prompt-data NAME PATH"),
+    ("train.py", "--eval-prompt-data a b c", "takes pairs: NAME PATH"),
+    ("train.py", "--eval-config bad.yaml", "bad.yaml is not YAML"),
+    ("train.py", "--eval-config list.yaml", "expected keys and values at the top"),
+    ("train.py", "--custom-config-path none.yaml", "none.yaml: no such file"),
+    ("train.py", "--custom-config-path type.yaml", "rollout_batch_size 'many' is no value of --rollout-batch-size"),
+    ("train.py", "--save out", "--save without --save-interval"),
+    ("train.py", "--save-interval 1", "--save-interval without --save"),
+    ("train.py", "--save run --save-interval 1", "already holds iteration 3: add --load run"),
+    ("train.py", "--load run/iter_0000003", "give --load run --ckpt-step 3"),
+    ("train.py", "--load run --ckpt-step 9", "has no iteration 9 (there: 3); choose with --ckpt-step"),
+    ("train.py", "--load torn-run", "or choose an older iteration with --ckpt-step"),
+    ("train.py", "--load odd-run", "says 'latest', which is no iteration"),
+    ("train.py", "--load rl.jsonl", "is a file: give a checkpoint folder"),
+    ("train.py", "--custom-rm-path nothere.reward", "no module nothere; add its folder to PYTHONPATH"),
+    ("train.py", "--custom-rm-path operator.nothing", "has no function nothing"),
+    ("train.py", "--custom-rm-path reward", "give module.function"),
+    ("train.py", "--custom-rm-path generate_with_tau.generate --custom-config-path tau.yaml", "setting(s) tau2_promt"),
+    ("train.py", "--apply-chat-template-kwargs {", "not JSON"),
+    ("train.py", [*SFT, "--prompt-data", "user.jsonl", "--input-key", "p"], "no assistant turn to train"),
+    ("train.py", [*SFT, "--prompt-data", "call.jsonl", "--input-key", "p"], "tool_calls with names"),
+    ("tau2_mock.py", "--domain phone", "unknown domain 'phone'; choose one of: airline"),
+    ("tau2_mock.py", "--splits tests", "unknown split 'tests' of domain 'telecom'; choose from"),
+    ("tau2_mock.py", "--min-distance 0", "--min-distance must be at least 1"),
+    ("tau2_mock.py", "--local_dir rl.jsonl", "is a file, not a folder"),
+    ("tau2_mock.py", f"--local_dir {'x' * 300}", "cannot be a folder"),
+    ("tau2_mock.py", "--loca_dir x", "unrecognized arguments: --loca_dir"),
+    ("teacher_traces.py", "", "does not exist; make it with: python"),
+    ("teacher_traces.py", "--tasks rl.jsonl", "holds no task under metadata.task: is it a file of tau2_mock.py?"),
+    ("teacher_traces.py", "--tasks torn.jsonl", "line 2 is not JSON"),
+    ("teacher_traces.py", "--tasks odd-task.jsonl", "the task 'x' is not one of tau2's"),
+    ("teacher_traces.py", "--num-traces 0", "no whole number from 1 to"),
+    ("teacher_traces.py", "--mix mms=2", "'mms' is no issue type; they are: service_issue"),
+    ("teacher_traces.py", "--slip 2", "2 is not between 0 and 1"),
+    ("teacher_traces.py", "--style loud", "invalid choice: 'loud'"),
+    ("teacher_traces.py", "--user-args {", "not a JSON object"),
+    ("teacher_traces.py", "--from-hub-file none.jsonl", "none.jsonl does not exist"),
+    ("teacher_traces.py", "--from-hub-file rl.jsonl", "no row is left to write (dropped: 2 other domain)"),
+    ("teacher_traces.py", "--tasks task.jsonl --user no-such-model", "unknown customer 'no-such-model'"),
+    ("evaluate_tau2.py", "--agent checkpoint", "needs --checkpoint DIR"),
+    ("evaluate_tau2.py", "--agent checkpoint --checkpoint nowhere", "no such folder"),
+    ("evaluate_tau2.py", "--agent checkpoint --checkpoint run", "tools/convert_torch_dist_to_hf.py"),
+    ("evaluate_tau2.py", "--agent human", "invalid choice: 'human'"),
+    ("evaluate_tau2.py", "--num-tasks 41", "the split has 40 tasks"),
+    ("evaluate_tau2.py", "--num-trials 0", "--num-trials must be at least 1"),
+    ("evaluate_tau2.py", "--output-path out.txt", "must end in .json"),
+    ("evaluate_tau2.py", "--output-path none/out.json", "no folder none"),
+    ("evaluate_tau2.py", "--domain retail", "the scripted customer exists for the telecom domain only"),
+    ("evaluate_tau2.py", "--task-split tests", "unknown split 'tests'"),
+    ("evaluate_tau2.py", "--user-args [1]", "not a JSON object"),
+    ("evaluate_tau2.py", ["--user", "gpt-4", "--user-args", '{"api_key": "x"}'], "read from the environment only"),
+    ("summarize.py", "", "--run-dir"),
+    ("summarize.py", "--run-dir nowhere", "run run_local.sh first"),
+    ("summarize.py", "--run-dir odd-summary", "remove it and evaluate again"),
+    ("slime_local.server", "", "--model-path"),
+    ("slime_local.server", "--model-path nowhere", "no model folder at nowhere"),
+    ("slime_local.server", "--model-path cut", "is cut short or damaged"),
+    ("slime_local.server", "--model-path m --port 70000", "ports go from 0 to 65535"),
+    ("slime_local.server", "--model-path m --host no.such.host.invalid", "cannot listen on"),
+    ("slime_local.server", "--model-path m --context-length 1", "--context-length must be 2 or more"),
+    ("slime_local.server", "--model-path m --max-running-requests 0", "--max-running-requests 1 or more"),
+    ("slime_local.smollm2", "", "--out"),
+    ("slime_local.smollm2", "--out old-smol", "remove the folder and run again"),
+    ("slime_local.smollm2", "--out rl.jsonl/smol", "cannot be written"),
+]
+WRONG_SCRIPTS = [
+    ("run_sft.sh", {"HOST": "moon"}, "HOST=moon: choose slime or local"),
+    ("run_sft.sh", {"MODEL": "gpt"}, "there is no scripts/models/gpt.sh; there are: qwen3"),
+    ("run_sft.sh", {"NUM_ROLLOUT": "many"}, "NUM_ROLLOUT=many: give a whole number above 0"),
+    ("run_grpo.sh", {"NUM_GPUS": "0"}, "NUM_GPUS=0: give a whole number above 0"),
+    ("run_grpo.sh", {"ROLLOUT_BATCH": "-2"}, "ROLLOUT_BATCH=-2: give a whole number above 0"),
+    ("run_grpo.sh", {"PYTHON": "python9"}, "set PYTHON to Python 3.11 or newer"),
+    ("run_eval.sh", {}, "set CHECKPOINT to the folder to evaluate"),
+    ("run_eval.sh", {"CHECKPOINT": "x/iter_0000001"}, "set SLIME_DIR, or evaluate an HF folder"),
+    ("run_local.sh", {"EVAL_TASKS": "all"}, "EVAL_TASKS=all: give a whole number above 0"),
+    ("run_local.sh", {"PORT": "http"}, "PORT=http: give a whole number above 0"),
+]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Path:
+    """A folder with one file or folder for everything that can be wrong."""
+    folder = tmp_path_factory.mktemp("workshop")
+    model = save_tiny_model(folder / "m")
+    rows = {
+        "rl.jsonl": '{"q": "a"}\n{"q": "b"}\n',
+        "empty.jsonl": "",
+        "notes.txt": "hello\n",
+        "torn.jsonl": '{"q": 1}\n{"q": \n',
+        "list.jsonl": "[1]\n",
+        "deep.jsonl": f'{{"q": {"[" * 9000}{"]" * 9000}}}\n',
+        "half.jsonl": '{"q": "\\ud800"}\n',
+        "user.jsonl": '{"p": [{"role": "user", "content": "a"}]}\n' * 2,
+        "call.jsonl": '{"p": [{"role": "assistant", "content": "", "tool_calls": [{"name": 1}]}]}\n' * 2,
+        "odd-task.jsonl": '{"metadata": {"task": {"id": "x"}}}\n',
+        "bad.yaml": "a: [\n",
+        "list.yaml": "- a\n",
+        "type.yaml": "rollout_batch_size: many\n",
+        "tau.yaml": "tau2_promt: short\n",
+    }
+    for name, text in rows.items():
+        (folder / name).write_text(text)
+    (folder / "latin.jsonl").write_bytes('{"q": "é"}\n'.encode("latin-1"))
+    task = load_tasks("telecom", "train")[0].model_dump(mode="json")
+    (folder / "task.jsonl").write_text(json.dumps({"metadata": {"task": task}}) + "\n")
+    for name in ("data", "odd-run", "old-smol", "odd-summary"):
+        (folder / name).mkdir()
+    for name in ("cut", "no-json", "no-index"):
+        shutil.copytree(model, folder / name)
+    (folder / "cut/model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-10])
+    (folder / "no-json/config.json").write_text("{")
+    (folder / "no-index/model.safetensors.index.json").write_text("{}")
+    state = {"schedule": {}, "random": None, "optimizer_steps": 1, "skipped_steps": 0, "extra": {}}
+    for name in ("run", "torn-run"):
+        checkpoint.write(folder / name, 3, {"w": torch.ones(4)}, None, state)
+    weights = folder / "torn-run/iter_0000003/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    (folder / "odd-run" / checkpoint.TRACKER).write_text("latest")
+    (folder / "old-smol/config.json").write_text("{}")
+    (folder / "odd-summary/eval_base.json").write_text("[]")
+    return folder
+
+
+def test_the_table_has_at_least_60_rows():
+    rows = {(script, str(words)) for script, words, _ in [*WRONG_COMMANDS, *WRONG_SCRIPTS]}
+    assert len(rows) == len(WRONG_COMMANDS) + len(WRONG_SCRIPTS) >= 60
+    assert {script for script, _, _ in WRONG_COMMANDS} == set(MAINS)
+
+
+@pytest.mark.parametrize(("script", "words", "named"), WRONG_COMMANDS)
+def test_a_wrong_command_exits_with_2_and_names_the_fix(script, words, named, workshop, monkeypatch, capsys):
+    monkeypatch.chdir(workshop)
+    before = sorted(path for path in workshop.rglob("*"))
+    main, base = MAINS[script]
+    try:
+        code = main([*base, *(words.split() if isinstance(words, str) else words)])
+    except SystemExit as exit:  # argparse's way
+        code = exit.code
+    said = capsys.readouterr().err
+    assert code == 2 and named in said and "Traceback" not in said, said
+    assert "error: " in said.splitlines()[-1]
+    assert sorted(path for path in workshop.rglob("*")) == before  # nothing was written
+
+
+@pytest.mark.parametrize(("script", "settings", "named"), WRONG_SCRIPTS)
+def test_a_wrong_script_setting_exits_with_2_and_names_the_fix(script, settings, named, tmp_path):
+    names = ("HOST", "MODEL", "PROMPT", "PORT", "CHECKPOINT", "SLIME_DIR")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    environment |= {"PYTHON": sys.executable, "SLIME_DIR": str(tmp_path), "DATA_DIR": str(tmp_path), **settings}
+    command = ["bash", str(EXAMPLE / script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and named in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())

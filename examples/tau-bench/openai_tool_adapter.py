@@ -79,7 +79,14 @@ def _split_calls(text: str) -> tuple[str, list[tuple[str, bool]]]:
 
 def _drop_thinking_block(text: str) -> str:
     """A tool call that the model only thought about is not a call."""
-    return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    kept, rest = [], text
+    while "</think>" in rest and "<think>" in rest:
+        before, _, thought = rest.partition("<think>")
+        if "</think>" not in thought:
+            break
+        kept.append(before)
+        rest = thought.partition("</think>")[2]
+    return "".join([*kept, rest])
 
 
 def _strip_thinking(text: str) -> str:
