@@ -356,9 +356,7 @@ def measure_floor(domain: str, tasks: list) -> float | None:
 
 def about(args: argparse.Namespace, customer: dict) -> dict[str, Any]:
     """What was evaluated, and how."""
-    names = (
-        "domain task_split agent prompt seed num_trials temperature max_steps max_errors max_turn_tokens redraw_ids"
-    )
+    names = "domain task_split agent prompt seed num_trials temperature max_steps max_errors max_turn_tokens"
     return {
         "checkpoint": args.checkpoint if args.agent == CHECKPOINT else None,
         **{name: getattr(args, name) for name in (*names.split(), "redraw_ids")},
