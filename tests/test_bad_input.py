@@ -33,6 +33,7 @@ import evaluate_tau2
 import generate_with_tau
 import summarize
 import tau2_mock
+import tau2_results
 import teacher_traces
 import train
 from generate_with_tau import GenerationError, TokenAgent, TokenLimits
@@ -270,12 +271,13 @@ def hub_rows(smol_dir, tmp_path) -> Fuzzer:
 def evaluation_rows(smol_dir, tmp_path) -> Fuzzer:
     """OUTPUT.rows.jsonl of an interrupted evaluation."""
     chosen = {"domain": "telecom", "seed": 1}
-    row = {"task_id": "t", "trial": 0, "run": 0, "solved": True, "reward": 1.0}
+    row = {"task_id": "t", "trial": 0, "run": 0, "solved": True, "reward": 1.0, "partial_score": 1.0, "minutes": 0.1}
+    row |= {"simulation": {}, "user": {}, "checks": {}, "tokens": {}}
     text = "".join(json.dumps(line) + "\n" for line in ({"settings": chosen}, row, {**row, "trial": 1}))
     path = tmp_path / "e.rows.jsonl"
 
     def read() -> None:
-        with evaluate_tau2.RowsFile(str(tmp_path / "e.json"), chosen) as rows:
+        with tau2_results.RowsFile(str(tmp_path / "e.json"), chosen) as rows:
             assert all(isinstance(task, str) and isinstance(trial, int) for task, trial in rows.done)
 
     def check(data: bytes) -> None:
