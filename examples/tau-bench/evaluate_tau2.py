@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server we started is stopped
     try:
         command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
-        return COMMANDS[command](rest)
+        return run_command(rest) if command == "run" else _read_only(COMMANDS[command], rest)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -141,6 +141,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130
+
+
+def _read_only(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """A command that only reads results: what it cannot make sense of is a damaged file."""
+    try:
+        return command(argv)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadInput(f"a result among {' '.join(argv)[:200]} is damaged or of another version ({reason})") from error
 
 
 def compare_command(argv: Sequence[str]) -> int:

@@ -21,8 +21,14 @@ from tau2_episode import BadInput, EpisodeConfig, results_header
 # Of the rows: raised when an episode's row changes its meaning, so that rows of both kinds are never mixed.
 ROWS_FORMAT = 2
 ROW_KINDS = {
-    **{"task_id": str, "trial": int, "run": int, "simulation": dict, "user": dict, "checks": dict, "tokens": dict},
-    **{"solved": bool, "reward": int | float, "partial_score": int | float, "minutes": int | float},
+    "task_id": str,
+    "trial": int,
+    "run": int,
+    "minutes": int | float,
+    "solved": bool,
+    "reward": int | float,
+    "partial_score": int | float,
+    **dict.fromkeys(("checks", "tokens", "user", "simulation"), dict),
 }
 OURS = ("results", "simulations", "num_trials", "prompt", "customer", "agent")  # that a result must have
 
