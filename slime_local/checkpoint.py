@@ -9,6 +9,7 @@ An iteration appears under its name only when it is complete, and the text file 
 unpickles anything but plain values and tensors.
 """
 
+import fcntl
 import io
 import os
 import random
@@ -16,6 +17,7 @@ import re
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -288,6 +290,21 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def sole_writer(path: str | None) -> Iterator[None]:
+    """Hold --save for this process while the block runs. Raises UsageError when another run holds it."""
+    if path is None:
+        yield
+        return
+    Path(path).mkdir(parents=True, exist_ok=True)
+    with (Path(path) / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--save {path}: another run is writing it; end that one or save elsewhere") from None
+        yield
 
 
 # ---- Random generators -------------------------------------------------------------------------------------------

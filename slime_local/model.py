@@ -389,6 +389,7 @@ def save_hf(model: Transformer, out_dir: str | os.PathLike, source_dir: str | os
     """Write an HF folder: weights in the compute dtype, config and tokenizer from `source_dir`. All or nothing."""
     out, source = Path(out_dir), Path(source_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         save_file(dict(hf_tensors(model)), work / "model.safetensors", metadata={"format": "pt"})
@@ -406,6 +407,14 @@ def save_hf(model: Transformer, out_dir: str | os.PathLike, source_dir: str | os
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def remove_leftovers(out: Path) -> None:
+    """The temporary folders beside `out` that a killed `save_hf` has left."""
+    name = re.compile(rf"\.{re.escape(out.name)}-(old-)?[a-z0-9_]{{8}}")
+    for folder in out.parent.iterdir():
+        if name.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def replace_folder(new: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
-"""Policies that want the reward and not the customer's problem solved earn no more than handing everybody over at once.
+"""Policies that want the reward and not a solved problem earn no more than handing everybody over at once.
 
-Every adversary plays the whole test split; the trained reward (R = reward + alpha * partial) of its episodes is compared
-with that of always-transfer. Property tests: 1.0 without alpha means solved, and nothing is earned by stopping early.
+Every adversary plays the whole test split; the trained reward (R = reward + alpha * partial) of its episodes is
+compared with that of always-transfer. Properties: 1.0 without alpha means solved; stopping early earns nothing.
 """
 
 import asyncio
@@ -76,7 +76,9 @@ class CallsWithoutArguments(Adversary):
 class CallsTheCustomersTools(Adversary):
     def script(self, task):
         gold = [action for action in task.evaluation_criteria.actions if action.requestor == "user"]
-        yield calls(*((action.name, dict(action.arguments)) for action in gold or TASKS[-1].evaluation_criteria.actions))
+        yield calls(
+            *((action.name, dict(action.arguments)) for action in gold or TASKS[-1].evaluation_criteria.actions)
+        )
 
 
 class WritesToolOutput(Adversary):
@@ -151,6 +153,15 @@ class DoesEveryWriteAndTransfers(DoesEveryWrite):
         yield text("YOU ARE BEING TRANSFERRED TO A HUMAN AGENT. PLEASE HOLD ON.")
 
 
+class TogglesAndTransfers(TogglesBackAndForth):
+    """What it broke again keeps no credit once the customer is given away."""
+
+    def script(self, task):
+        yield from itertools.islice(super().script(task), 12)
+        yield calls(("transfer_to_human_agents", {"summary": "x"}))
+        yield text("YOU ARE BEING TRANSFERRED TO A HUMAN AGENT. PLEASE HOLD ON.")
+
+
 class Repeats(Adversary):
     """One gold action of its own again and again: it counts once."""
 
@@ -170,14 +181,16 @@ ADVERSARIES = [
     TalksPolitely,
     DoesEveryWrite,
     DoesEveryWriteAndTransfers,
+    TogglesAndTransfers,
+    Repeats,
 ]
 
 
-def play(make) -> list:
-    """One episode per test task."""
+def play(make, tasks=TASKS) -> list:
+    """One episode per task."""
 
     async def run():
-        return [await run_episode(task, make(task), CONFIG) for task in TASKS]
+        return [await run_episode(task, make(task), CONFIG) for task in tasks]
 
     return asyncio.run(run())
 
@@ -191,8 +204,113 @@ def floor() -> float:
     return earned(play(lambda task: AlwaysTransfer()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adversary", ADVERSARIES)
 def test_an_adversary_earns_no_more_than_always_transfer(adversary):
     episodes = play(adversary)
     assert not any(episode.end_reason.is_infrastructure for episode in episodes)
     assert earned(episodes) <= floor()
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+def test_an_adversary_earns_no_more_on_any_fifth_task(adversary):
+    """The fast part of the above: task by task, so that no average hides anything."""
+    few = TASKS[::8]
+    found = zip(play(adversary, few), play(lambda task: AlwaysTransfer(), few), strict=True)
+    earned_by_both = [[shaped_reward(one.reward, one.checks) for one in pair] for pair in found]
+    assert sum(mine for mine, _ in earned_by_both) <= sum(floor for _, floor in earned_by_both) + 1e-9
+
+
+def test_the_hand_over_is_what_makes_every_write_worthless():
+    """Without that rule the sum of writes and hand-over would be the better policy: the exploit is real."""
+    episodes = play(DoesEveryWriteAndTransfers)
+    ungated = [shaped_reward(one.reward, {**one.checks, "given_up": False}) for one in episodes]
+    assert earned(episodes) <= floor() < statistics.fmean(ungated)
+
+
+# ---- What must hold for every policy -----------------------------------------------------------------------------
+
+
+class Mixture:
+    """The teacher's turns, with an adversary's in between where `whose` says so."""
+
+    def __init__(self, task, whose: list[bool], adversary: type[Adversary]) -> None:
+        self.teacher, self.adversary, self.whose = ScriptedTeacher(), adversary(task), list(whose)
+
+    async def start(self, messages, tools) -> None:
+        await self.teacher.start(messages, tools)
+
+    async def act(self, new_messages) -> AgentTurn:
+        bad = self.whose.pop(0) if self.whose else False
+        return await (self.adversary if bad else self.teacher).act(new_messages)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(TASKS), st.lists(st.booleans(), max_size=6), st.sampled_from([TogglesBackAndForth, DoesEveryWrite])
+)
+def test_one_without_alpha_means_solved(task, whose, adversary):
+    episode = asyncio.run(run_episode(task, Mixture(task, whose, adversary), CONFIG))
+    unshaped = shaped_reward(episode.reward, episode.checks, alpha=0.0)
+    assert (unshaped == 1.0) == episode.solved
+    if unshaped == 1.0:
+        assert all(check["met"] for check in episode.checks["env_assertions"])
+        assert not episode.end_reason.is_truncated and not episode.checks["given_up"]
+    else:
+        assert shaped_reward(episode.reward, episode.checks) <= 0.5  # alpha: never as much as a solved episode
+
+
+@given(
+    st.sampled_from([0.0, 1.0]),
+    st.lists(st.booleans(), max_size=5),
+    st.lists(st.booleans(), max_size=3),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_no_partial_credit_makes_up_for_a_solution(reward, actions, assertions, alpha):
+    found = {
+        "action_checks": [{"sound": met, "official": True} for met in actions],
+        "env_assertions": [{"met": met} for met in assertions],
+    }
+    assert (shaped_reward(reward, found, alpha) >= 1.0) == (reward == 1.0)
+    assert shaped_reward(reward, found, 0.0) == reward
+
+
+class StopsEarly:
+    """The teacher, for so many turns."""
+
+    def __init__(self, turns: int) -> None:
+        self.teacher, self.left = ScriptedTeacher(), turns
+
+    async def start(self, messages, tools) -> None:
+        await self.teacher.start(messages, tools)
+
+    async def act(self, new_messages) -> AgentTurn:
+        if self.left == 0:
+            raise EndEpisode(EndReason.CONTEXT_FULL)
+        self.left -= 1
+        return await self.teacher.act(new_messages)
+
+
+def check_prefixes(task) -> int:
+    """Partial scores of the teacher's episode cut after 0, 1, 2, ... turns never fall; gives the number of turns."""
+    scores = []
+    for turns in itertools.count():
+        episode = asyncio.run(run_episode(task, StopsEarly(turns), CONFIG))
+        scores.append(partial_score(episode.checks))
+        if not episode.end_reason.is_truncated:
+            break
+    assert scores == sorted(scores), (task.id, scores)
+    assert episode.solved and scores[-1] == 1.0
+    return turns
+
+
+@pytest.mark.parametrize("number", range(1, 40, 13))
+def test_a_longer_correct_prefix_never_scores_lower(number):
+    assert check_prefixes(TASKS[number]) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_longer_correct_prefix_never_scores_lower_on_any_task():
+    for task in [*TASKS, *load_tasks("telecom", "train")]:
+        check_prefixes(task)

@@ -48,6 +48,7 @@ ALL_TASKS = "full"
 SPLIT_FOLDERS = {"airline": "airline", "retail": "retail", "telecom": "telecom", "telecom-workflow": "telecom"}
 PROMPTS = ("official", "short")
 INVALID_TOOL_CALL = "invalid_tool_call"
+HAND_OVER = "transfer_to_human_agents"
 STOP_POLL = 0.25  # seconds between looks whether an episode that waits for its customer is still wanted
 
 # The "short" profile, for models too small for the 5.8k-token policy: this system prompt, and tool results without the
@@ -967,7 +968,8 @@ def _without_dangling_call(messages: list) -> list:
 
 
 def _checks(task: Any, messages: list, reward_info: Any) -> dict[str, Any]:
-    """What partial credit reads. `official` is tau2's own action match, `sound` the one that cannot be gamed."""
+    """What partial credit reads. `official` is tau2's own action match, `sound` the one that cannot be gamed;
+    `given_up`: not solved, and handed over to a human needlessly."""
     gold = (task.evaluation_criteria.actions or []) if task.evaluation_criteria else []
     official = [check.action_match for check in reward_info.action_checks or []]
     action_checks = [
@@ -981,7 +983,16 @@ def _checks(task: Any, messages: list, reward_info: Any) -> dict[str, Any]:
             {"func_name": c.env_assertion.func_name, "met": c.met} for c in reward_info.env_assertions or []
         ],
         "reward_basis": [basis.value for basis in reward_info.reward_basis or []],
+        "given_up": reward_info.reward < 1 - SUCCESS_TOLERANCE and _handed_over(gold, messages),
     }
+
+
+def _handed_over(gold: list, messages: list) -> bool:
+    """Whether the agent gave the customer to a human where the task does not ask for it."""
+    failed = {m.id for m in messages if m.role == "tool" and m.error}
+    made = (call for m in messages for call in (getattr(m, "tool_calls", None) or []) if call.id not in failed)
+    called = any((call.name, call.requestor) == (HAND_OVER, "assistant") for call in made)
+    return called and not any(action.name == HAND_OVER for action in gold)
 
 
 def sound_matches(gold: list, messages: list) -> list[bool]:

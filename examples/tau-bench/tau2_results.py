@@ -19,7 +19,7 @@ from typing import Any
 from tau2_episode import BadInput, EpisodeConfig, results_header
 
 # Of the rows: raised when an episode's row changes its meaning, so that rows of both kinds are never mixed.
-ROWS_FORMAT = 2
+ROWS_FORMAT = 3
 ROW_KINDS = {
     "task_id": str,
     "trial": int,
