@@ -306,12 +306,14 @@ class TokenAgent:
         try:
             answer = await post_generate(self.url, payload, self.headers, self.timeout)
             sampled, log_probs, meta_info = _read_answer(answer, self.vocab)
-            self._check_weights(meta_info)
+            self._check_answer(sampled, meta_info, room)
         except GenerationError as error:
             raise EndEpisode(EndReason.GENERATION_FAILED, str(error)) from error
         return TurnTokens(before, sampled, log_probs, meta_info)
 
-    def _check_weights(self, meta_info: dict) -> None:
+    def _check_answer(self, sampled: list[int], meta_info: dict, room: int) -> None:
+        if len(sampled) > room:
+            raise GenerationError(f"the server gave {len(sampled)} tokens where {room} were asked for")
         version = meta_info.get("weight_version")
         if self.weight_version is not None and version is not None and str(version) != str(self.weight_version):
             raise GenerationError(f"the server has other weights now (version {version}, not {self.weight_version})")
