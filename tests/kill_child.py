@@ -49,8 +49,10 @@ def main() -> None:
         if pid == 0:
             run(json.loads(line))
         print(f"pid {pid}", flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(f"end {os.waitstatus_to_exitcode(status)}", flush=True)
+        end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        print(f"end {end.si_status if end.si_code == os.CLD_EXITED else -end.si_status}", flush=True)
+        sys.stdin.readline()  # until then the number is not free for another process: it may be about to be killed
+        os.waitpid(pid, 0)
 
 
 if __name__ == "__main__":

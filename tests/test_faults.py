@@ -446,14 +446,18 @@ def long_text(said: dict) -> dict:
     return {**said, "content": "lorem " * 17_000} if said.get("content") else said
 
 
-async def test_a_tool_that_raises_is_a_tool_error(args, model, monkeypatch):
+async def test_a_tool_that_raises_is_a_tool_error(args, model, template, monkeypatch):
     from tau2.domains.telecom.tools import TelecomTools
 
     def fail(self, *args, **kwargs):
         raise RuntimeError("the database is on fire")
 
-    monkeypatch.setattr(TelecomTools, "get_details_by_id", fail)
+    monkeypatch.setattr(TelecomTools, "get_data_usage", fail)
+    call = {"name": "get_data_usage", "arguments": {"customer_id": "C1001", "line_id": "L1001"}}
+    ids = [*template.tokenizer.encode(f"<tool_call>\n{json.dumps(call)}\n</tool_call>"), template.end_id]
+    model.behave = lambda number, payload: model.answer(ids, payload["input_ids"]) if number <= GROUP else None
     samples = await rollout(args)
+    assert all("the database is on fire" in sample.response for sample in samples)
     assert not any(sample.remove_sample for sample in samples)
     assert all(sample.metadata["tau2"]["tool_errors"] >= 1 for sample in samples)
     record(

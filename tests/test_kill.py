@@ -75,7 +75,10 @@ class Children:
 
     def end(self) -> int:
         """Its exit code, negative for a signal; waits."""
-        return int(self._line().split()[1])
+        code = int(self._line().split()[1])
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return code
 
     def run(self, stage: str, argv: list[str], folder: Path) -> None:
         self.start(stage, argv, folder)
@@ -86,7 +89,7 @@ class Children:
         """Whether the stage was still at work then, and killed."""
         pid = self.start(stage, argv, folder)
         time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)  # a child that has ended is not reaped yet: its parent waits for our next line
+        os.kill(pid, signal.SIGKILL)  # one that has ended is not reaped yet
         return self.end() == -signal.SIGKILL
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ FOLDERS = ("slime_local", "examples", "benchmarks", "scripts")
 SOURCES = [ROOT / "train.py", *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))]
 REQUIREMENTS = ("local.txt", "dev.txt", "no-deps.txt")
 CANARY = "sk-canary-5f1e7d0c9b8a4e63a2d1"
+NOWHERE = "in no file, checkpoint, event, log, message, traceback or command line"
 KEYS = dict.fromkeys(("OPENAI_API_KEY", "GEMINI_API_KEY", "WANDB_API_KEY", "HF_TOKEN", "ANTHROPIC_API_KEY"), CANARY)
 
 

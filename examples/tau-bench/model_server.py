@@ -202,7 +202,7 @@ def weights_changed(server: Server, checkpoint: str, before: str) -> str | None:
         info = ask_model_info(server.url) or {}
         for name in ("model_path", "weight_version"):
             if name in info and info[name] != server.model_info.get(name):
-                return f"the server at {server.url} has another {name} now: {info[name]}"
+                return f"the server at {server.url} has other weights now ({name} {info[name]})"
     return None
 
 
