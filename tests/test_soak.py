@@ -3,8 +3,8 @@
     python -m pytest tests/test_soak.py                 200 episodes
     python -m pytest tests/test_soak.py -m slow -s      5,000 at 64 at a time; TAU2_SOAK_EPISODES sets another number
 
-The episodes are the evaluator's and the plug-in's own (TokenAgent over HTTP, tau2's orchestrator, the scripted customer);
-the stand-in engine says what the teacher would say, and misbehaves in one request of ten.
+The episodes are the plug-in's own (TokenAgent over HTTP, tau2's orchestrator, the scripted customer); the stand-in
+engine says what the teacher would say, and misbehaves in one request of ten.
 """
 
 import asyncio
@@ -110,13 +110,8 @@ def check_soak(smol_dir, episodes: int) -> str:
     before = left_behind()
     began = time.monotonic()
     with serving(model) as (host, port):
-        args = SimpleNamespace(
-            hf_checkpoint=str(smol_dir),
-            sglang_router_ip=host,
-            sglang_router_port=port,
-            tau2_prompt="short",
-            rollout_seed=1,
-        )
+        args = SimpleNamespace(hf_checkpoint=str(smol_dir), sglang_router_ip=host, sglang_router_port=port)
+        args.tau2_prompt, args.rollout_seed = "short", 1
         samples, sizes = asyncio.run(soak(args, model, episodes))
     assert left_behind() == before
     minutes = (time.monotonic() - began) / 60
@@ -132,11 +127,10 @@ def check_soak(smol_dir, episodes: int) -> str:
     assert 0.08 < model.faults.total() / model.count < 0.12
     growth = max(sizes[5:]) - max(sizes[:3])
     assert growth < 100, sizes
-    return (
-        f"{episodes:,} episodes, {model.count:,} requests, {model.faults.total():,} faults: {len(lost)} episodes count for "
-        f"nothing, none lost or counted twice; memory {sizes[0]:.0f} -> {sizes[-1]:.0f} MB; no thread, task or socket left "
-        f"({minutes:.1f} min)"
-    )
+    faults = model.faults.total()
+    said = f"{episodes:,} episodes, {model.count:,} requests, {faults:,} faults: {len(lost)} episodes are "
+    said += f"removed, none lost or counted twice; memory {sizes[0]:.0f} -> {sizes[-1]:.0f} MB; no thread, task or socket left"
+    return f"{said} ({minutes:.1f} min)"
 
 
 @pytest.fixture(autouse=True)
