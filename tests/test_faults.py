@@ -114,24 +114,24 @@ class FaultyModel(FakeModel):
     version = "7"
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
-        key = request.headers["X-SMG-Routing-Key"]
-        before = self.sessions.get(key)
-        response = await super().generate(request)
-        answer = json.loads(response.body)
-        if "meta_info" in answer:
-            answer["meta_info"]["weight_version"] = self.version
-        if not self.hits(len(self.requests), key):
-            return web.json_response(answer) if response.status == 200 else response
-        self.sessions.pop(key, None)
-        if before is not None:
-            self.sessions[key] = before
-        made = self.fault(answer)
+        if not self.hits(len(self.requests) + 1, request.headers["X-SMG-Routing-Key"]):
+            return self._with_version(await super().generate(request))
+        payload = await request.json()
+        self.requests.append(payload)
+        # Not what the teacher would say: it would believe that it had been heard.
+        made = self.fault(self.answer([5, 6, self.template.end_id], payload["input_ids"]))
         if made == "hang":
             await asyncio.sleep(60)
         if made in ("reset", "hang"):
             request.transport.close()
             return web.Response()
         return made
+
+    def _with_version(self, response: web.Response) -> web.Response:
+        answer = json.loads(response.body)
+        if "meta_info" in answer:
+            answer["meta_info"]["weight_version"] = self.version
+        return web.json_response(answer, status=response.status)
 
     async def model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"model_path": self.model_path, "weight_version": self.version})

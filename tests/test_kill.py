@@ -233,7 +233,7 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("name", ["tasks", "sft", "evaluation"])
+@pytest.mark.parametrize("name", ["tasks", "sft"])  # of an evaluation: tests/test_evaluate.py
 def test_a_killed_stage_is_completed_by_the_same_command(name, stages, children, workshop):
     assert check_kills(children, stages[name], workshop, 2, seeded(name)) == 2
 
