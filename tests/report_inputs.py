@@ -1,4 +1,4 @@
-"""Inputs of the report for its tests: real episodes of the scripted agents, in the shape of evaluate_tau2.py's output."""
+"""Inputs of the report for its tests: episodes of the scripted agents in the shape of evaluate_tau2.py's output."""
 
 import asyncio
 import json

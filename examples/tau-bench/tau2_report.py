@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import sys
 import zlib
 from collections import Counter
@@ -54,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("results", nargs="+", type=Path, metavar="RESULT.json", help="what evaluate_tau2.py wrote")
     add("--labels", nargs="+", help="a name per result (default: the file's, without eval_)")
     add("--metrics-log", nargs="+", type=Path, default=[], help="metrics.jsonl of training runs")
-    add("--comparison", type=Path, help="json of paired differences, see the README")
+    add("--comparison", type=Path, help="json of paired differences; its shape: Comparison in this file")
     add("--output", type=Path, required=True, help="the HTML file")
     return parser.parse_args(argv)
 
@@ -103,8 +104,8 @@ class Metrics(Loose):
     pass_at_1: Interval | None = None
     avg_reward: Interval | None = None
     avg_partial_score: Interval | None = None
-    pass_at_k: dict[str, Interval] = {}
-    pass_hat_k: dict[str, Interval] = {}
+    pass_at_k: dict[str, Interval | None] = {}
+    pass_hat_k: dict[str, Interval | None] = {}
 
 
 class Row(Loose):
@@ -116,12 +117,12 @@ class Row(Loose):
     reward: float | None = None
     partial_score: float | None = None
     checks: dict[str, Any] | None = None
-    detail: str = ""
-    seed: int | None = None
+    detail: str | None = None
+    seed: Any = None
     steps: int | None = None
     agent_turns: int | None = None
     tool_errors: int | None = None
-    tokens: dict[str, float] = {}
+    tokens: dict[str, Any] = {}
 
 
 class ToolCall(Loose):
@@ -157,24 +158,21 @@ class Result(Loose):
     by_issue_type: dict[str, Group] = {}
     by_sub_issues: dict[str, Group] = {}
     by_persona: dict[str, Group] = {}
-    end_reasons: dict[str, int] = {}
-    total_tasks: int
-    total_episodes: int | None = None
     floor_always_transfer: float | None = None
     customer: dict[str, Any] = {}
-    prompt: str | None = None
-    agent: str | None = None
-    checkpoint: str | None = None
-    domain: str | None = None
-    task_split: str | None = None
-    seed: int | None = None
+    prompt: Any = None
+    agent: Any = None
+    checkpoint: Any = None
+    domain: Any = None
+    task_split: Any = None
+    seed: Any = None
     num_trials: int = 1
-    temperature: float | None = None
-    max_steps: int | None = None
-    max_turn_tokens: int | None = None
+    temperature: Any = None
+    max_steps: Any = None
+    max_turn_tokens: Any = None
     redraw_ids: bool = False
-    tokens: dict[str, float] = {}
-    minutes: float | None = None
+    tokens: dict[str, Any] = {}
+    minutes: Any = None
     timestamp: str | None = None
     versions: dict[str, Any] = {}
     tasks: list[dict[str, Any]] = []
@@ -192,7 +190,7 @@ class Run:
 
 
 def read_runs(paths: list[Path], labels: list[str] | None) -> list[Run]:
-    labels = labels or [path.stem.removeprefix("eval_") for path in paths]
+    labels = [as_utf8(label) for label in labels or [path.stem.removeprefix("eval_") for path in paths]]
     if len(labels) != len(paths):
         raise BadInput(f"--labels: {len(labels)} names for {len(paths)} results")
     if len(set(labels)) < len(labels):
@@ -214,6 +212,11 @@ def plain_json(text: str) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
 
 
+def as_utf8(text: str) -> str:
+    """A name from the file system or the command line, where any bytes may stand."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -232,12 +235,12 @@ def read_log(path: Path) -> tuple[str, list[dict[str, Any]]]:
     """(name of the folder, rows) of a metrics.jsonl; a last line that a running training has not finished is left."""
     *lines, _ = read_text(path).split("\n")
     try:
-        found = [json.loads(line, parse_constant=lambda _: None) for line in lines]
+        found = [json.loads(plain_json(line)) for line in lines]
     except ValueError as error:
         raise BadInput(f"{path} is no metrics.jsonl ({error})") from None
     if not found or not all(isinstance(row, dict) for row in found):
         raise BadInput(f"{path} is no metrics.jsonl: it has no lines of metrics")
-    return path.resolve().parent.name, found
+    return as_utf8(path.resolve().parent.name), found
 
 
 def read_comparison(path: Path) -> dict[str, Any]:
@@ -268,8 +271,9 @@ class Pair(Loose):
 
 class Comparison(Loose):
     """{"confidence", "notes": [text], "pairs": [{"a", "b": labels, "verdict": text, "differences": [{"name", "value",
-    "low", "high"}], "gained" and "lost": [{"task_id", "a", "b": what each run did, as text}]}]}; differences are b - a.
-    """
+    "low", "high"}], "gained": [{"task_id", "a", "b": what each run did, as text}], "lost": the same}]}.
+
+    Differences are b - a. A label that is a run's makes the flips links to its episodes."""
 
     pairs: list[Pair]
     confidence: float = 0.95
@@ -299,14 +303,17 @@ def render(runs: list[Run], logs: list[tuple[str, list[dict]]], comparison: dict
         csp=content_security_policy(css, script),
         title=" · ".join(run.label for run in runs),
         runs=runs,
-        first=runs[0].result,
-        confidence=f"{runs[0].result.metrics.confidence:.0%}".replace("%", " %"),
+        confidence=max(run.result.metrics.confidence for run in runs),
         headline=headline(runs),
         conditions=conditions(runs),
+        summary=" · ".join(in_short(runs)),
+        overall=list(filter(None, [overall_figure(runs), trials_figure(runs)])),
         figures=result_figures(runs),
         training=[training_section(runs, name, rows) for name, rows in logs],
         comparison=comparison,
-        links={(run.label, row.task_id): episode_id(run.label, row) for run in reversed(runs) for row in run.rows[::-1]},
+        links={
+            (run.label, row.task_id): episode_id(run.label, row) for run in reversed(runs) for row in run.rows[::-1]
+        },
         choices=choices(runs),
         index=Markup(json_island(index)),
         blocks=blocks,
@@ -347,7 +354,7 @@ def decimals(value: float | None, signed: bool = False) -> str:
 
 
 def interval(found: Interval | dict, signed: bool = False) -> str:
-    """"0.801 to 0.968", or nothing where the input has no interval."""
+    """ "0.801 to 0.968", or nothing where the input has no interval."""
     low, high = (found[key] if isinstance(found, dict) else getattr(found, key) for key in ("low", "high"))
     return "" if low is None or high is None else f"{decimals(low, signed)} to {decimals(high, signed)}"
 
@@ -361,7 +368,9 @@ def headline(runs: list[Run]) -> list[dict[str, Any]]:
     lines = [("pass@1", "share of episodes solved", [_pass_at_1(run) for run in runs])]
     ks = sorted({int(k) for run in runs for k in run.result.metrics.pass_hat_k if k.isdigit()} - {1})
     for k in map(str, ks):
-        lines.append((f"pass^{k}", f"all of {k} trials solved", [run.result.metrics.pass_hat_k.get(k) for run in runs]))
+        lines.append(
+            (f"pass^{k}", f"all of {k} trials solved", [run.result.metrics.pass_hat_k.get(k) for run in runs])
+        )
     for k in map(str, ks):
         lines.append((f"pass@{k}", f"at least one of {k}", [run.result.metrics.pass_at_k.get(k) for run in runs]))
     for key, name, note in (
@@ -369,7 +378,16 @@ def headline(runs: list[Run]) -> list[dict[str, Any]]:
         ("avg_reward", "reward", "tau2's own, mean"),
     ):
         lines.append((name, note, [_with_interval(run, key) for run in runs]))
+    lines += [(name, "mean of an episode", [_mean(run, key) for run in runs]) for name, key in PER_EPISODE]
     return [{"name": name, "note": note, "cells": cells} for name, note, cells in lines if any(cells)]
+
+
+PER_EPISODE = (("agent turns", "agent_turns"), ("tool errors", "tool_errors"))
+
+
+def _mean(run: Run, key: str) -> Interval | None:
+    found = [getattr(row, key) for row in run.rows if getattr(row, key) is not None]
+    return Interval(value=statistics.fmean(found)) if found else None
 
 
 def _pass_at_1(run: Run) -> Interval:
@@ -397,18 +415,36 @@ def conditions(runs: list[Run]) -> list[dict[str, Any]]:
 WEIGHS = {"Customer", "Prompt", "Tasks", "Step limit", "tau2"}
 
 
+def in_short(runs: list[Run]) -> list[str]:
+    """What stands under the title: without it the numbers say nothing."""
+    found = {
+        line["name"]: " / ".join(line["cells"][:1] if line["same"] else line["cells"]) for line in conditions(runs)
+    }
+    tasks = f"{found['Tasks']} tasks, trials: {found['Trials per task']}"
+    names = {
+        "Customer": "customer: {}",
+        "Prompt": "{} prompt",
+        "Seed": "seed {}",
+        "Floor (always transfer)": "floor {}",
+    }
+    return [tasks, *(text.format(found[name]) for name, text in names.items() if name in found)]
+
+
 def _conditions(result: Result) -> dict[str, str]:
-    episodes = result.total_episodes or len(result.results)
-    tokens = ", ".join(f"{name} {count:,.0f}" for name, count in result.tokens.items())
+    tasks = len({row.task_id for row in result.results})
+    tokens = ", ".join(
+        f"{name} {count:,.0f}" for name, count in result.tokens.items() if isinstance(count, int | float)
+    )
     versions = {name: str(version) for name, version in result.versions.items() if version}
     return {
-        "Checkpoint": result.checkpoint or f"none: the scripted agent “{result.agent}”",
-        "Customer": ", ".join(f"{key} {value}" for key, value in result.customer.items()),
-        "Prompt": result.prompt or "",
-        "Tasks": f"{result.total_tasks} of {result.domain} {result.task_split}"
-        + (", ids redrawn" if result.redraw_ids else ""),
+        "Checkpoint": _text(result.checkpoint) or f"none: the scripted agent “{result.agent}”",
+        "Customer": " ".join(
+            f"{value}" if key == "kind" else f"{key} {value}" for key, value in result.customer.items()
+        ),
+        "Prompt": _text(result.prompt),
+        "Tasks": f"{tasks} {result.domain} {result.task_split}" + (", ids redrawn" if result.redraw_ids else ""),
         "Floor (always transfer)": decimals(result.floor_always_transfer),
-        "Trials per task": f"{result.num_trials} ({episodes} episodes)",
+        "Trials per task": f"{result.num_trials} ({len(result.results)} episodes)",
         "Seed": _text(result.seed),
         "Temperature": _text(result.temperature),
         "Step limit": _text(result.max_steps),
@@ -436,9 +472,8 @@ def result_figures(runs: list[Run]) -> list[dict[str, Any]]:
         group_figure(runs, "by_sub_issues", "pass@1 by number of sub-issues", "faults to find in one task"),
         group_figure(runs, "by_persona", "pass@1 by persona", "the customer's persona"),
         end_reason_figure(runs),
-        trials_figure(runs),
     ]
-    return [overall_figure(runs), *filter(None, found)]
+    return [figure for figure in found if figure]
 
 
 def overall_figure(runs: list[Run]) -> dict[str, Any]:
@@ -450,7 +485,9 @@ def overall_figure(runs: list[Run]) -> dict[str, Any]:
         values.append({"run": run.label, "series": i, "text": text, **found.model_dump()})
     note = "" if floor is None else f"dashed: always-transfer floor, {decimals(floor)}"
     cells = [[value["run"], decimals(value["value"]), interval(value)] for value in values]
-    return _figure("pass@1", note, charts.dots(values, "share of episodes solved", floor), ["run", "pass@1", "interval"], cells)
+    return _figure(
+        "pass@1", note, charts.dots(values, "share of episodes solved", floor), ["run", "pass@1", "interval"], cells
+    )
 
 
 def group_figure(runs: list[Run], key: str, title: str, axis: str) -> dict[str, Any] | None:
@@ -490,17 +527,24 @@ def trials_figure(runs: list[Run]) -> dict[str, Any] | None:
     """pass^k and pass@k over k; None with one trial."""
     values, cells = [], []
     for i, run in enumerate(runs):
-        for kind, found in (("pass@", run.result.metrics.pass_at_k), ("pass^", run.result.metrics.pass_hat_k)):
-            for k in sorted((k for k in found if k.isdigit()), key=int) if len(found) > 1 else ():
+        for dash, kind, found in (
+            (0, "pass@", run.result.metrics.pass_at_k),
+            (1, "pass^", run.result.metrics.pass_hat_k),
+        ):
+            ks = sorted((k for k in found if k.isdigit() and found[k]), key=int)
+            for k in ks if len(ks) > 1 else ():
                 name = f"{run.label}, {kind}k"
                 text = f"{run.label}, {kind}{k}: {decimals(found[k].value)}"
-                series = 2 * i + (kind == "pass^")
-                values.append({"x": int(k), "y": found[k].value, "name": name, "series": series, "text": text})
+                values.append(
+                    {"x": int(k), "y": found[k].value, "name": name, "series": i, "dash": dash, "text": text}
+                )
                 cells.append([run.label, f"{kind}{k}", decimals(found[k].value), interval(found[k])])
     if not values:
         return None
     svg = charts.lines(values, "k trials", [0, 1])
-    return _figure("pass@k and pass^k", "any, and all, of k trials solved", svg, ["run", "", "value", "interval"], cells)
+    return _figure(
+        "pass@k and pass^k", "any, and all, of k trials solved", svg, ["run", "", "value", "interval"], cells
+    )
 
 
 def training_section(runs: list[Run], name: str, rows: list[dict]) -> dict[str, Any]:
@@ -527,7 +571,8 @@ def curve_figure(
     for position, (key, name) in enumerate(curves.items()):
         for step, value in curve(rows, key):
             text = f"{name}, step {step}: {value:.4g}"
-            values.append({"x": step, "y": value, "name": name, "series": first + position, "text": text})
+            look = {"series": first + position, "dash": position}
+            values.append({"x": step, "y": value, "name": name, "text": text, **look})
             cells.append([name, str(step), f"{value:.4g}"])
     if not values:
         return None
@@ -628,7 +673,9 @@ def _details(row: Row, simulation: Simulation | None) -> dict[str, Any]:
         **row.model_dump(include={"checks", "detail", "seed", "steps", "tool_errors", "tokens"}),
         "assertions": [one.get("env_assertion") for one in _dicts(reward_info.get("env_assertions"))],
         "others": {key: reward_info[key] for key in ("db_check", "nl_assertions") if reward_info.get(key)},
-        "messages": [message.model_dump(exclude_defaults=True) for message in simulation.messages] if simulation else None,
+        "messages": [message.model_dump(exclude_defaults=True) for message in simulation.messages]
+        if simulation
+        else None,
     }
 
 

@@ -48,7 +48,7 @@ function groupBy(all) {
 }
 
 const words = (name) => String(name).replace(/_issue$/, "").replaceAll("_", " ");
-const outcome = (good) => h("span", good ? "good mark" : "bad mark", good ? "✓ " : "✗ ", h("span", "sr", good ? "solved" : "failed"));
+const outcome = (good) => h("span", good ? "good mark" : "bad mark", good ? "✓" : "✗", h("span", "sr", good ? " solved" : " failed"));
 const list = (value) => (Array.isArray(value) ? value : []);
 const number = (value, digits) => (typeof value === "number" ? value.toFixed(digits) : "–");
 
@@ -164,6 +164,7 @@ async function show() {
     $("episode").replaceChildren(h("p", "warning", `This episode cannot be shown here: ${error.message}`));
   }
   $("reader").classList.add("open");
+  while (drawn <= shown.indexOf(episode)) drawMore();
   const marked = $("list").querySelector(`a[href="#${episode.id}"]`);
   if (marked) {
     marked.setAttribute("aria-current", "true");
@@ -202,7 +203,7 @@ function episodeView(episode, full, told) {
 
 function controls() {
   const [previous, next] = [step(-1), step(1)];
-  const keys = h("span", "note keys", "keys: ", h("kbd", "", "k"), " ", h("kbd", "", "j"), " ", h("kbd", "", "Esc"));
+  const keys = h("span", "note keys", h("kbd", "", "k"), " previous  ", h("kbd", "", "j"), " next  ", h("kbd", "", "Esc"), " list");
   return h("div", "bar", button("Back to the list", () => { location.hash = "episodes"; }),
     button("← Previous", previous && (() => go(previous))), button("Next →", next && (() => go(next))), keys);
 }
@@ -211,7 +212,7 @@ function facts(episode, full) {
   const pairs = [["reward", number(episode.reward, 1)], ["partial score", number(episode.partial_score, 3)],
     ["agent turns", episode.agent_turns], ["messages", full.steps], ["tool errors", full.tool_errors],
     ["trial", episode.trial], ["seed", full.seed],
-    ...Object.entries(full.tokens).map(([name, count]) => [`tokens ${words(name)}`, count.toLocaleString("en")])];
+    ["tokens", Object.entries(full.tokens).filter(([, count]) => typeof count === "number").map(([name, count]) => `${count.toLocaleString("en")} ${words(name)}`).join(", ") || null]];
   const known = pairs.filter(([, value]) => value !== null && value !== undefined);
   return h("dl", "facts", ...known.map(([name, value]) => h("div", "", h("dt", "", name), h("dd", "", String(value)))));
 }
@@ -219,12 +220,13 @@ function facts(episode, full) {
 function siblings(episode) {
   const all = byTask.get(episode.task);
   if (all.length < 2) return null;
-  return h("p", "siblings", h("span", "note", "same task:"), ...all.map((other) => {
-    const label = [index.runs.length > 1 ? index.runs[other.run] : null, trials(other) > 1 ? `trial ${other.trial}` : null];
-    const element = link(other.id, outcome(other.solved), label.filter(Boolean).join(" "));
+  const ofRun = (run) => all.filter((other) => other.run === run).map((other) => {
+    const element = link(other.id, outcome(other.solved), h("span", "sr", ` trial ${other.trial}`));
     if (other === episode) element.setAttribute("aria-current", "true");
     return element;
-  }));
+  });
+  const runs = [...new Set(all.map((other) => other.run))];
+  return h("p", "siblings", h("span", "note", "the same task:"), ...runs.map((run) => h("span", "", index.runs[run], " ", ...ofRun(run))));
 }
 
 // ---- Checks
@@ -242,12 +244,12 @@ function checkRows(full) {
   const communicated = list(found.communicate_checks).map((check) => ({
     met: check.met, text: typeof check.info === "string" ? check.info : JSON.stringify(check.info), note: "to be communicated",
   }));
-  return [...actions, ...assertions, ...communicated, ...otherChecks(full.others)];
+  return [...actions, ...assertions, ...communicated, ...otherChecks(full.others, list(found.reward_basis))];
 }
 
-function otherChecks(others) {
+function otherChecks(others, counts) {
   const rows = list(others.nl_assertions).map((check) => ({ met: check.met, text: String(check.nl_assertion), note: "judged assertion" }));
-  if (others.db_check) rows.push({ met: others.db_check.db_match, text: "database as after the gold actions", note: "database" });
+  if (others.db_check && counts.includes("DB")) rows.push({ met: others.db_check.db_match, text: "database as after the gold actions", note: "database" });
   return rows;
 }
 
@@ -307,7 +309,7 @@ function saidView(message, i) {
 
 function callView(message, made, result, i) {
   const customer = (message.role === "tool" ? message.requestor : message.role) === "user";
-  const who = customer ? "Customer’s phone ▸ action by the customer" : "Tool call by the agent";
+  const who = customer ? "On the customer’s phone" : "Agent’s tool";
   const pairs = Object.entries(made.arguments && typeof made.arguments === "object" ? made.arguments : {});
   const lines = pairs.map(([key, value]) => `${key}: ${typeof value === "string" ? value : JSON.stringify(value)}`);
   return h("li", customer ? "call customer" : "call agent", h("p", "who", h("span", "", who), h("span", "", String(i))),
