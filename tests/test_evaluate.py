@@ -13,6 +13,7 @@ import pytest
 from fake_generate import FakeModel, serving
 
 import evaluate_tau2
+import model_server
 from evaluate_tau2 import choose_tasks, main, task_stderr
 from openai_tool_adapter import load_chat_template
 from tau2_teacher import AlwaysTransfer
@@ -160,9 +161,21 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, tiny_mode
         assert 0 < there < 6 and not output.exists()
         model.delay = 0.0
         assert main(list(map(str, flags))) == 0
+        undisturbed = tmp_path / "undisturbed.json"
+        assert main([*map(str, flags[:-1]), str(undisturbed)]) == 0
     result = json.loads(output.read_text())
     assert result["pass_at_1"] == 1.0 and len(result["results"]) == 6
     assert max(row["run"] for row in rows_of(rows)) == 1
+    assert without_time(result) == without_time(json.loads(undisturbed.read_text()))
+
+
+def without_time(result):
+    """A result without what the clock and chance decide: times, and the ids of simulations."""
+    chance = {"minutes", "run", "agent_seconds", "user_seconds", "id", "duration", "git_commit", "git"}
+    chance |= {"timestamp", "start_time", "end_time"}
+    if isinstance(result, dict):
+        return {key: without_time(value) for key, value in result.items() if key not in chance}
+    return [without_time(value) for value in result] if isinstance(result, list) else result
 
 
 @pytest.mark.parametrize("flags", [["--seed", "1"], ["--max-steps", "100"], ["--user", "gpt-4.1-mini"]])
@@ -245,7 +258,7 @@ def test_a_server_of_another_model_is_refused(evaluate, model, capsys):
 
 
 def test_a_port_that_something_else_holds_is_refused(tmp_path, tiny_model_dir, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate_tau2, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(model_server, "ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as other:
         flags = ["--checkpoint", str(tiny_model_dir), "--output-path", str(tmp_path / "out.json")]
         assert main([*flags, "--sglang-port", str(other.getsockname()[1])]) == 2
@@ -276,7 +289,7 @@ def test_a_server_is_started_and_stopped_again(run_script, tmp_path, tiny_model_
 
 def test_a_server_that_dies_shows_its_last_words(tmp_path, tiny_model_dir, unused_tcp_port, capsys, monkeypatch):
     words = [sys.executable, "-c", "print('out of memory, sorry'); raise SystemExit(3)"]
-    monkeypatch.setattr(evaluate_tau2, "server_command", lambda args: (words, dict(os.environ)))
+    monkeypatch.setattr(model_server, "server_command", lambda args: (words, dict(os.environ)))
     flags = ["--checkpoint", str(tiny_model_dir), "--output-path", str(tmp_path / "out.json")]
     assert main([*flags, "--sglang-port", str(unused_tcp_port)]) == 2
     assert "out of memory, sorry" in capsys.readouterr().err

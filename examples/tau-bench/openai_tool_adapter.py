@@ -13,7 +13,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -107,7 +107,9 @@ def _read_call(body: str, closed: bool, tools: Sequence[dict]) -> AgentToolCall:
         return _invalid(body, 'the tool call is not an object with "name" and "arguments"')
     arguments, problem = _read_arguments(call.get("arguments", {}))
     problem = problem or _check_against(call["name"], arguments, tools)
-    return _invalid(body, problem) if problem else AgentToolCall(name=call["name"], arguments=arguments)
+    if problem:
+        return replace(_invalid(body, problem), asked_for=call["name"])
+    return AgentToolCall(name=call["name"], arguments=arguments)
 
 
 def _read_arguments(value: Any) -> tuple[dict, str | None]:
