@@ -1,15 +1,14 @@
-"""Inputs of the report for its tests: episodes of the scripted agents in the shape of evaluate_tau2.py's output."""
+"""Inputs of the report for its tests: episodes of the scripted agents in a result as evaluate_tau2.py writes it."""
 
 import asyncio
 import json
-import math
 import random
-import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
-from evaluate_tau2 import episode_row
+from evaluate_tau2 import about, agent_info, episode_row, measure_floor, numbers, parse_args, versions
 from tau2_episode import EpisodeConfig, load_tasks, run_episode
+from tau2_results import tau2_results
 from tau2_teacher import AGENTS
 
 
@@ -37,45 +36,20 @@ def episodes(tasks: list, shares: dict[str, float], trials: int = 1, seed: int =
     return asyncio.run(run())
 
 
-def result(tasks: list, rows: list[dict], **changes) -> dict:
-    """The evaluation's OUTPUT.json of these rows. The intervals are only plausible ones."""
+def result(tasks: list, rows: list[dict], checkpoint: str = "runs/local/sft/hf") -> dict:
+    """The OUTPUT.json of these rows, by the evaluator's own functions, as if a checkpoint had made them."""
     trials = 1 + max(row["trial"] for row in rows)
-    simulations = [{**row["simulation"], "trial": row["trial"]} for row in rows]
+    flags = ["--prompt", "short", "--num-trials", str(trials), "--agent", "teacher", "--max-turn-tokens", "96"]
+    args = parse_args([*flags, "--output-path", "x.json"])
+    told = about(args, rows[0]["user"]) | {"agent": "checkpoint", "checkpoint": checkpoint}
+    config = EpisodeConfig(prompt="short")
     return {
-        "checkpoint": "runs/local/sft/hf",
-        "domain": "telecom",
-        "task_split": "test",
-        "total_tasks": len(tasks),
-        "total_episodes": len(rows),
-        "successes": sum(row["solved"] for row in rows),
-        "pass_at_1": _mean(rows, "solved"),
-        "avg_reward": _mean(rows, "reward"),
-        "avg_steps": _mean(rows, "steps"),
-        "avg_partial_score": _mean(rows, "partial_score"),
-        "metrics": _metrics(rows, trials),
-        "by_issue_type": _groups(rows, lambda row: row["issue_type"]),
-        "by_sub_issues": _groups(rows, lambda row: str(row["task_id"].count("|") + 1)),
-        "by_persona": _groups(rows, lambda row: row["task_id"].split("PERSONA:")[1].rstrip("]")),
-        "end_reasons": dict(Counter(row["end_reason"] for row in rows)),
-        "floor_always_transfer": 0.3,
-        "agent": "checkpoint",
-        "customer": {"kind": "scripted", "version": "1"},
-        "prompt": "short",
-        "seed": 300,
-        "num_trials": trials,
-        "temperature": 0.7 if trials > 1 else 0.0,
-        "max_steps": 200,
-        "max_turn_tokens": 96,
-        "redraw_ids": False,
-        "tokens": {"prompt": 36000, "generated": 8400},
+        **told,
+        **numbers(rows, measure_floor("telecom", tasks)),
         "minutes": 1.4,
-        "timestamp": "2026-01-02T03:04:05.678",
-        "info": {},
-        "versions": {"python": "3.11.7", "tau2": "26.3", "torch": "2.9.0", "git": "0123456789ab"},
-        "tasks": [task.model_dump(mode="json") for task in tasks],
-        "simulations": simulations,
+        "versions": versions(),
         "results": [{key: value for key, value in row.items() if key != "simulation"} for row in rows],
-        **changes,
+        **tau2_results(rows, tasks, config, agent_info(args), trials, args.seed),
     }
 
 
@@ -100,40 +74,3 @@ def training_log(path: Path, rollouts: int = 8) -> Path:
             lines.append({"step": i, "eval/pool": share, "eval/pool/response_len/mean": 900.0, "eval/step": i})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
-
-
-def _mean(rows: list[dict], key: str) -> float:
-    return statistics.fmean(row[key] for row in rows)
-
-
-def _interval(value: float, count: int) -> dict:
-    half = 1.96 * math.sqrt(max(value * (1 - value), 0.001) / count)
-    return {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half)}
-
-
-def _metrics(rows: list[dict], trials: int) -> dict:
-    solved = defaultdict(list)
-    for row in rows:
-        solved[row["task_id"]].append(row["solved"])
-    at_k, hat_k = {}, {}
-    for k in range(1, trials + 1):
-        chances = [(math.comb(sum(not s for s in one), k), math.comb(sum(one), k)) for one in solved.values()]
-        total = math.comb(trials, k)
-        at_k[str(k)] = _interval(statistics.fmean(1 - none / total for none, _ in chances), len(solved))
-        hat_k[str(k)] = _interval(statistics.fmean(every / total for _, every in chances), len(solved))
-    means = {"pass_at_1": "solved", "avg_reward": "reward", "avg_partial_score": "partial_score"}
-    found = {name: _interval(_mean(rows, key), len(solved)) for name, key in means.items()}
-    return {"confidence": 0.95, "pass_at_k": at_k, "pass_hat_k": hat_k, **found}
-
-
-def _groups(rows: list[dict], name_of) -> dict:
-    groups = defaultdict(list)
-    for row in rows:
-        groups[name_of(row)].append(row)
-    found = {}
-    for name, members in groups.items():
-        value = _mean(members, "solved")
-        bounds = {key: bound for key, bound in _interval(value, len(members)).items() if key != "value"}
-        scores = {"pass_at_1": value, "avg_partial_score": _mean(members, "partial_score")}
-        found[name] = {"total": len(members), "successes": sum(row["solved"] for row in members), **scores, **bounds}
-    return found

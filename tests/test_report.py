@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 import tau2_charts
 import tau2_report
+from evaluate_tau2 import main as evaluate
+from tau2_compare import compare
 from tau2_report import main
 
 CSS = (tau2_report.FOLDER / "report.css").read_text(encoding="utf-8")
@@ -59,14 +61,6 @@ def report(tmp_path, capsys):
     return run
 
 
-@pytest.fixture(scope="session")
-def comparison(tasks):
-    flip = {"task_id": tasks[0].id, "a": "0 of 2", "b": "2 of 2"}
-    differences = [{"name": "pass@1", "value": 0.25, "low": -0.05, "high": 0.5}]
-    pair = {"a": "sft", "b": "grpo", "verdict": "The data cannot tell.", "differences": differences, "gained": [flip]}
-    return {"confidence": 0.95, "notes": ["One seed."], "pairs": [{**pair, "lost": []}]}
-
-
 def text_of(html):
     """What a reader sees of the static part, with single spaces."""
     body = re.sub(r"<(script|style)\b.*?</\1>", " ", html, flags=re.DOTALL)
@@ -96,14 +90,14 @@ def test_numbers_stand_with_what_they_were_measured_with(report, runs):
     assert f"pass^2 all of 2 trials solved {hat['value']:.3f} {hat['low']:.3f} to {hat['high']:.3f}" in text
     assert "pass@2 at least one of 2" in text and "95 % intervals" in text
     for condition in (
-        "floor 0.300",
+        f"floor {found['floor_always_transfer']:.3f}",
         "customer: scripted version 1",
         "short prompt",
         "seed 300",
         "9 telecom test tasks",
     ):
         assert condition in text, condition
-    for row in ("Checkpoint runs/local/sft/hf", "Git commit 0123456789ab", "tau2 26.3", "Temperature 0.7"):
+    for row in ("Checkpoint runs/local/sft/hf", f"Git commit {found['versions']['git']}", "Temperature 0"):
         assert row in text, row
     assert "mms" in text and "pass@1 by number of sub-issues" in text and "How episodes ended" in text
     assert 'id="comparison"' not in html and 'id="training"' not in html
@@ -138,13 +132,28 @@ def test_curves_are_drawn_for_the_keys_that_the_log_has(report, runs, tmp_path):
     assert "KL" not in text and "Validation reward" not in text
 
 
-def test_a_comparison_has_its_verdict_differences_and_links(report, runs, comparison, tmp_path):
-    html = report(runs, "--comparison", inputs.save(tmp_path / "comparison.json", comparison))
+def test_a_comparison_has_its_verdict_differences_and_links(report, runs):
+    html = report(runs)
+    (pair,) = compare(list(runs.values()), list(runs))["pairs"]
     text = text_of(html)
-    assert "The data cannot tell." in text and "pass@1 +0.250 −0.050 to +0.500" in text and "Gained: 1 task" in text
+    assert pair["verdict"] in text and "grpo against sft" in text
+    row = f"pass@1 {pair['values']['pass_at_1'][0]:.3f} 1.000 +{pair['pass_at_1']['value']:.3f}"
+    assert f"{row} +{pair['pass_at_1']['low']:.3f} to +{pair['pass_at_1']['high']:.3f} p" in text
+    assert f"Better with grpo: {len(pair['flips'])} tasks" in text and "Worse with grpo: 0 tasks" in text
     ids = {episode["id"] for episode in index_of(html)["episodes"]}
-    links = set(re.findall(r'<a href="#([^"]*)">[02] of 2</a>', html))
-    assert len(links) == 2 and links <= ids
+    links = re.findall(r'<a href="#([^"]*)">\d/2</a>', html)
+    assert len(links) == 2 * len(pair["flips"]) > 0 and set(links) <= ids
+
+
+def test_three_runs_are_compared_with_their_neighbours_and_the_last_with_the_first(report, runs):
+    text = text_of(report({"base": runs["sft"], **runs}))
+    assert [f"{b} against {a}" in text for a, b in (("base", "sft"), ("sft", "grpo"), ("base", "grpo"))] == [True] * 3
+
+
+def test_runs_without_a_task_in_common_have_no_comparison(report, runs):
+    other = json.loads(json.dumps(runs["grpo"]).replace("[PERSONA:", "[PERSONA:X"))
+    text = text_of(report({**runs, "grpo": other}))
+    assert "sft and grpo have no task and trial in common" in text and "grpo against sft" not in text
 
 
 def test_runs_with_another_customer_are_marked(report, runs):
@@ -174,6 +183,7 @@ def test_a_result_without_intervals_or_transcripts_still_gives_a_report(report, 
     new = ("metrics", "simulations", "tasks", "by_sub_issues", "by_persona", "info", "timestamp")
     old = {key: value for key, value in runs["sft"].items() if key not in new}
     html = report({"sft": old})
+    assert 'id="comparison"' not in html
     assert f"{old['pass_at_1']:.3f}" in text_of(html) and "by persona" not in html
     assert unpacked(html)[0][0]["messages"] is None
 
@@ -195,7 +205,7 @@ def test_the_same_inputs_give_the_same_bytes(report, runs):
         ('{"results": [], "pass_at_1": 0}', "results"),
         ('{"results": [3], "pass_at_1": 0}', "results.0"),
         ('{"results": [{"task_id": "a", "solved": true}], "pass_at_1": 0}', "end_reason"),
-        ('{"results": [{"task_id": "a", "solved": true, "end_reason": "x"}], "pass_at_1": NaN}', "pass_at_1"),
+        ('{"results": [{"task_id": "a", "solved": true, "end_reason": "x", "reward": NaN}]}', "results.0.reward"),
         (
             '{"results": [{"task_id": "a", "solved": true, "end_reason": "x", "seed": 1e999}], "pass_at_1": 0}',
             "Out of range",
@@ -226,12 +236,24 @@ def test_bad_flags_are_one_line_and_exit_code_2(tmp_path, capsys, runs):
         ([tmp_path / "no.json"], "No such file"),
         ([a, "--metrics-log", tmp_path / "bad.jsonl"], "metrics.jsonl"),
         ([a, "--metrics-log", tmp_path / "empty.jsonl"], "no lines"),
-        ([a, "--comparison", a], "no comparison"),
     ):
         assert main([*map(str, flags), "--output", str(out)]) == 2, flags
         error = capsys.readouterr().err
         assert named in error and len(error.splitlines()) == 1 and not out.exists()
     assert main([str(a), "--output", str(tmp_path / "no" / "report.html")]) == 2
+
+
+@pytest.mark.usefixtures("own_signal_handler")
+def test_what_the_evaluator_writes_is_read(tmp_path, capsys):
+    results = [tmp_path / f"{agent}.json" for agent in ("always-transfer", "teacher")]
+    for path in results:
+        flags = ["--agent", path.stem, "--num-tasks", "3", "--num-trials", "2", "--redraw-ids"]
+        assert evaluate([*flags, "--output-path", str(path)]) == 0
+    assert main([*map(str, results), "--output", str(tmp_path / "report.html")]) == 0
+    text = text_of((tmp_path / "report.html").read_text())
+    assert (
+        "teacher against always-transfer" in text and "ids redrawn" in text and "the scripted agent “teacher”" in text
+    )
 
 
 def test_the_command_as_a_user_runs_it(run_script, tmp_path, runs):
@@ -245,8 +267,8 @@ def test_the_command_as_a_user_runs_it(run_script, tmp_path, runs):
 # Hostile text, network, size
 
 
-def hostile_inputs(runs, comparison):
-    """The runs with hostile text in every place where a model, a customer or a file name can put some."""
+def hostile_result(runs):
+    """A run with hostile text in every place where a model, a customer or a file name can put some."""
     result = copy.deepcopy(runs["sft"])
     task_ids = {row["task_id"]: f"[{BAD}]{row['task_id']}{BAD}" for row in result["results"]}
     for row in result["results"]:
@@ -274,20 +296,20 @@ def hostile_inputs(runs, comparison):
         }
     names = {"checkpoint": BAD, "customer": {BAD: BAD}, "prompt": BAD, "domain": BAD, "versions": {BAD: BAD}}
     result |= names | {"by_issue_type": {BAD: next(iter(result["by_issue_type"].values()))}}
-    found = json.loads(json.dumps(comparison).replace("The data cannot tell.", json.dumps(BAD)[1:-1]))
-    found["pairs"][0] |= {"a": BAD, "b": BAD}
-    found["pairs"][0]["gained"][0] |= {"task_id": next(iter(task_ids.values())), "a": BAD, "b": BAD}
-    return result, found
+    result["settings"] = {"user": BAD, "prompt": BAD}
+    return result
 
 
 @pytest.fixture
-def hostile_report(report, runs, comparison, tmp_path):
-    result, found = hostile_inputs(runs, comparison)
+def hostile_report(report, runs, tmp_path):
+    """Two runs, so that there is a comparison: all failed, and all solved."""
+    worse, better = hostile_result(runs), hostile_result(runs)
+    for row in better["results"]:
+        row["solved"] = True
     log = tmp_path / "log" / "metrics.jsonl"
     log.parent.mkdir()
     log.write_text(json.dumps({"step": 1, f"rollout/stop/{BAD}": 1.0, f"eval/{BAD.replace('/', '')}": 1.0}) + "\n")
-    flags = ("--labels", BAD, "--metrics-log", log, "--comparison", inputs.save(tmp_path / "c.json", found))
-    return report({"x": result}, *flags)
+    return report({"x": worse, "y": better}, "--labels", BAD, f"{BAD}2", "--metrics-log", log)
 
 
 class Elements(HTMLParser):
@@ -554,9 +576,8 @@ def test_the_theme_follows_the_system_until_the_button_is_pressed(chromium, repo
     chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_it_fits_a_phone(chromium, report, runs, ids, comparison, tmp_path):
-    log = inputs.training_log(tmp_path / "grpo" / "metrics.jsonl")
-    report(runs, "--metrics-log", log, "--comparison", inputs.save(tmp_path / "c.json", comparison))
+def test_it_fits_a_phone(chromium, report, runs, ids, tmp_path):
+    report(runs, "--metrics-log", inputs.training_log(tmp_path / "grpo" / "metrics.jsonl"))
     screen = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     try:

@@ -15,6 +15,7 @@ import argparse
 import base64
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import tau2_charts as charts
+from tau2_compare import NAMES, compare, p_value
 from tau2_episode import BadInput
 
 FOLDER = Path(__file__).parent / "report"
@@ -55,7 +57,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("results", nargs="+", type=Path, metavar="RESULT.json", help="what evaluate_tau2.py wrote")
     add("--labels", nargs="+", help="a name per result (default: the file's, without eval_)")
     add("--metrics-log", nargs="+", type=Path, default=[], help="metrics.jsonl of training runs")
-    add("--comparison", type=Path, help="json of paired differences; its shape: Comparison in this file")
     add("--output", type=Path, required=True, help="the HTML file")
     return parser.parse_args(argv)
 
@@ -65,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         runs = read_runs(args.results, args.labels)
         logs = [read_log(path) for path in args.metrics_log]
-        comparison = read_comparison(args.comparison) if args.comparison else None
-        write(args.output, render(runs, logs, comparison))
+        write(args.output, render(runs, logs, comparison(runs)))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -92,6 +92,7 @@ class Interval(Loose):
 
 class Group(Loose):
     total: int
+    tasks: int | None = None
     successes: int
     pass_at_1: float
     avg_partial_score: float | None = None
@@ -114,14 +115,15 @@ class Row(Loose):
     end_reason: str
     trial: int = 0
     issue_type: str = "other"
-    reward: float | None = None
-    partial_score: float | None = None
+    reward: float
+    partial_score: float
     checks: dict[str, Any] | None = None
     detail: str | None = None
     seed: Any = None
     steps: int | None = None
     agent_turns: int | None = None
     tool_errors: int | None = None
+    customer_tool_calls: int | None = None
     tokens: dict[str, Any] = {}
 
 
@@ -166,6 +168,8 @@ class Result(Loose):
     domain: Any = None
     task_split: Any = None
     seed: Any = None
+    seeds: list[Any] = []
+    settings: dict[str, Any] = {}
     num_trials: int = 1
     temperature: Any = None
     max_steps: Any = None
@@ -243,49 +247,12 @@ def read_log(path: Path) -> tuple[str, list[dict[str, Any]]]:
     return as_utf8(path.resolve().parent.name), found
 
 
-def read_comparison(path: Path) -> dict[str, Any]:
-    try:
-        return Comparison.model_validate_json(plain_json(read_text(path))).model_dump()
-    except ValueError as error:
-        raise BadInput(f"{path} is no comparison ({_first_problem(error)})") from None
-
-
-class Difference(Interval):
-    name: str
-
-
-class Flip(Loose):
-    task_id: str
-    a: str
-    b: str
-
-
-class Pair(Loose):
-    a: str
-    b: str
-    verdict: str
-    differences: list[Difference]
-    gained: list[Flip] = []
-    lost: list[Flip] = []
-
-
-class Comparison(Loose):
-    """{"confidence", "notes": [text], "pairs": [{"a", "b": labels, "verdict": text, "differences": [{"name", "value",
-    "low", "high"}], "gained": [{"task_id", "a", "b": what each run did, as text}], "lost": the same}]}.
-
-    Differences are b - a. A label that is a run's makes the flips links to its episodes."""
-
-    pairs: list[Pair]
-    confidence: float = 0.95
-    notes: list[str] = []
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
 
-def render(runs: list[Run], logs: list[tuple[str, list[dict]]], comparison: dict[str, Any] | None = None) -> str:
-    """The HTML. comparison: a dict in the shape of `Comparison`, or None for no such section."""
+def render(runs: list[Run], logs: list[tuple[str, list[dict]]], compared: dict[str, Any] | None = None) -> str:
+    """The HTML. compared: what `comparison` gives, or None for no such section."""
     css, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     tasks, episodes, blocks = pack_episodes(runs)
     index = {"runs": [run.label for run in runs], "tasks": tasks, "episodes": episodes}
@@ -296,7 +263,7 @@ def render(runs: list[Run], logs: list[tuple[str, list[dict]]], comparison: dict
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"decimals": decimals, "interval": interval}
+    environment.filters |= {"decimals": decimals, "interval": interval, "p_value": p_value}
     return environment.get_template("report.html.jinja").render(
         css=Markup(css),
         script=Markup(script),
@@ -310,7 +277,10 @@ def render(runs: list[Run], logs: list[tuple[str, list[dict]]], comparison: dict
         overall=list(filter(None, [overall_figure(runs), trials_figure(runs)])),
         figures=result_figures(runs),
         training=[training_section(runs, name, rows) for name, rows in logs],
-        comparison=comparison,
+        comparison=compared,
+        quantities=NAMES,
+        better=lambda pair: [flip for flip in pair["flips"] if flip["b"] > flip["a"]],
+        worse=lambda pair: [flip for flip in pair["flips"] if flip["b"] < flip["a"]],
         links={
             (run.label, row.task_id): episode_id(run.label, row) for run in reversed(runs) for row in run.rows[::-1]
         },
@@ -382,7 +352,11 @@ def headline(runs: list[Run]) -> list[dict[str, Any]]:
     return [{"name": name, "note": note, "cells": cells} for name, note, cells in lines if any(cells)]
 
 
-PER_EPISODE = (("agent turns", "agent_turns"), ("tool errors", "tool_errors"))
+PER_EPISODE = (
+    ("agent turns", "agent_turns"),
+    ("tool errors", "tool_errors"),
+    ("calls of the customer's tools", "customer_tool_calls"),
+)
 
 
 def _mean(run: Run, key: str) -> Interval | None:
@@ -445,7 +419,7 @@ def _conditions(result: Result) -> dict[str, str]:
         "Tasks": f"{tasks} {result.domain} {result.task_split}" + (", ids redrawn" if result.redraw_ids else ""),
         "Floor (always transfer)": decimals(result.floor_always_transfer),
         "Trials per task": f"{result.num_trials} ({len(result.results)} episodes)",
-        "Seed": _text(result.seed),
+        "Seed": ", ".join(map(str, result.seeds)) or _text(result.seed),
         "Temperature": _text(result.temperature),
         "Step limit": _text(result.max_steps),
         "Tokens a turn, at most": _text(result.max_turn_tokens),
@@ -460,6 +434,25 @@ def _conditions(result: Result) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def comparison(runs: list[Run]) -> dict[str, Any] | None:
+    """{"pairs": as tau2_compare gives them, "refused": [text]}: each run with the one before it, the last with the first.
+
+    None for one run. Runs of different customers or prompts are compared too; the page says what differs."""
+    neighbours = list(itertools.pairwise(runs))
+    found = {"pairs": [], "refused": []}
+    for a, b in [*neighbours, *([(runs[0], runs[-1])] if len(runs) > 2 else [])]:
+        try:
+            found["pairs"] += compare([_comparable(a), _comparable(b)], [a.label, b.label], anyway=True)["pairs"]
+        except BadInput as error:
+            found["refused"].append(str(error))
+    return found if neighbours else None
+
+
+def _comparable(run: Run) -> dict[str, Any]:
+    rows = [row.model_dump(include={"task_id", "trial", "solved", "reward", "partial_score"}) for row in run.rows]
+    return {"settings": run.result.settings, "results": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,12 +494,16 @@ def group_figure(runs: list[Run], key: str, title: str, axis: str) -> dict[str, 
             shown = f"{group.successes}/{group.total}"
             text = f"{run.label}, {_words(name)}: {decimals(group.pass_at_1)} ({shown} solved; {interval(group)})"
             values.append(
-                {"group": f"{_words(name)}\nn={group.total}" if len(names) < 6 else _words(name), "run": run.label}
+                {"group": _group_label(name, group) if len(names) < 6 else _words(name), "run": run.label}
                 | {"series": i, "value": group.pass_at_1, "low": group.low, "high": group.high, "text": text}
             )
             cells.append([_words(name), run.label, shown, decimals(group.pass_at_1), interval(group)])
     head = [axis, "run", "solved", "pass@1", "interval"]
     return _figure(title, "", charts.bars(values, axis), head, cells) if values else None
+
+
+def _group_label(name: str, group: Group) -> str:
+    return _words(name) if group.tasks is None else f"{_words(name)}\n{group.tasks} tasks"
 
 
 def end_reason_figure(runs: list[Run]) -> dict[str, Any] | None:
