@@ -34,7 +34,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,7 +42,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from generate_with_tau import TURN_TOKENS, TokenAgent, TokenLimits, close_session, model_context
+import chat_agent
+from generate_with_tau import TURN_TOKENS, TokenAgent, TokenLimits, close_session, model_context, sampling_seed
 from openai_tool_adapter import ChatTemplate, load_chat_template
 from tau2_episode import (
     PROMPTS,
@@ -85,7 +85,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--server-address", metavar="HOST:PORT", help="a server elsewhere; none is started")
     add("--domain", default="telecom")
     add("--task-split", "--task-split-name", default="test")
-    add("--agent", choices=[CHECKPOINT, *AGENTS], default=CHECKPOINT)
+    add("--agent", choices=[CHECKPOINT, chat_agent.CHAT, *AGENTS], default=CHECKPOINT)
+    chat_agent.add_flags(parser, _json_object)
     add(
         "--prompt",
         choices=PROMPTS,
@@ -183,6 +184,8 @@ def check_args(args: argparse.Namespace) -> None:
         if not args.checkpoint:
             raise BadInput(f"--agent {CHECKPOINT} needs --checkpoint DIR")
         check_checkpoint(Path(args.checkpoint))
+    if args.agent == chat_agent.CHAT:
+        chat_agent.make_endpoint(args)
     if not Path(args.output_path).parent.is_dir():
         raise BadInput(f"--output-path {args.output_path}: no folder {Path(args.output_path).parent}")
 
@@ -238,8 +241,14 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What two rows must share to be counted together."""
     names = "domain task_split agent prompt user user_args seed max_steps max_errors temperature max_turn_tokens"
     chosen = {name: getattr(args, name) for name in (*names.split(), "max_context_len", "redraw_ids")}
-    model = fingerprint(Path(args.checkpoint)) if args.agent == CHECKPOINT else None
-    return {**chosen, "model": model, "tau2": tau2_version()}
+    return {**chosen, "model": model_identity(args), "tau2": tau2_version()}
+
+
+def model_identity(args: argparse.Namespace) -> str | dict | None:
+    """What tells the agent's model from another; None for an agent without one."""
+    if args.agent == chat_agent.CHAT:
+        return chat_agent.identity(args)
+    return fingerprint(Path(args.checkpoint)) if args.agent == CHECKPOINT else None
 
 
 def fingerprint(folder: Path) -> str:
@@ -301,7 +310,8 @@ class RowsFile:
         if torn:
             self.file.truncate(len(text.encode()) - len(torn.encode()))
         lines = whole.splitlines()
-        if not lines:
+        if not lines or (len(lines) == 1 and lines[0].startswith('{"settings": ')):  # no row yet to be mixed with
+            self.file.truncate(0)
             self._append({"settings": self.settings})
             return
         for number, line in enumerate(lines, start=1):
@@ -351,6 +361,9 @@ def run_owed(args: argparse.Namespace, config: EpisodeConfig, owed: list, rows: 
             template = load_chat_template(args.checkpoint)
             server = stack.enter_context(running_server(args))
             make_agent, alive = token_agents(args, template, server), server.alive
+        if args.agent == chat_agent.CHAT:
+            make_agent, preflight = chat_agent.make_chat_agents(args)
+            preflight()
         bar = stack.enter_context(Progress(len(owed)))
 
         def finished(row: dict) -> None:
@@ -374,8 +387,8 @@ def token_agents(args: argparse.Namespace, template: ChatTemplate, server: Serve
     params = {"temperature": args.temperature, "skip_special_tokens": False, "no_stop_trim": True}
 
     def make(task_id: str, trial: int) -> TokenAgent:
-        seed = zlib.crc32(f"{args.seed}:{trial}:{task_id}".encode()) & 0x3FFFFFFF
-        own = {**params, "sampling_seed": seed} if args.temperature > 0 else params
+        seed = {"sampling_seed": sampling_seed(args.seed, task_id, trial)} if args.temperature > 0 else {}
+        own = {**params, **seed}
         return TokenAgent(template, f"{server.url}/generate", own, limits)
 
     return make
@@ -416,7 +429,7 @@ def episode_row(episode: Episode, agent: Any, trial: int) -> dict[str, Any]:
         **episode_to_row(episode),
         "trial": trial,
         "partial_score": partial_score(episode.checks),
-        "tokens": agent.usage() if isinstance(agent, TokenAgent) else {},
+        "tokens": agent.usage() if hasattr(agent, "usage") else {},
         "asides": getattr(agent, "asides", 0),
         "simulation": episode.simulation.model_dump(mode="json"),
     }
@@ -601,6 +614,7 @@ def summarize(args: argparse.Namespace, rows: list[dict], floor: float | None) -
         "by_issue_type": {kind: {"total": len(found), **scores(found)} for kind, found in sorted(by_type.items())},
         "end_reasons": dict(Counter(row["end_reason"] for row in rows).most_common()),
         "agent": args.agent,
+        "agent_llm": chat_agent.identity(args) if args.agent == chat_agent.CHAT else None,
         "customer": rows[0]["user"],
         "prompt": args.prompt,
         "seed": args.seed,
@@ -690,7 +704,7 @@ def print_report(summary: dict, path: str) -> None:
     kinds = summary["by_issue_type"].items()
     tokens = summary["tokens"]
     lines = [
-        ("agent", summary["checkpoint"] or summary["agent"]),
+        ("agent", summary["checkpoint"] or (summary["agent_llm"] or {}).get("name") or summary["agent"]),
         ("tasks", f"{summary['domain']} {summary['task_split']}, {summary['total_tasks']} tasks{trials}"),
         ("customer, prompt", f"{customer}, {summary['prompt']} prompt, seed {summary['seed']}"),
         (

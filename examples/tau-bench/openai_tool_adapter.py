@@ -4,7 +4,7 @@ Two halves:
 - `parse_turn`, `render_turn`: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, the dialect of Qwen3.
 - `ChatTemplate`: token ids of the first prompt, later of new messages alone: no sampled token is ever rendered again.
 
-A library: used by generate_with_tau.py and evaluate_tau2.py.
+A library: used by generate_with_tau.py, chat_agent.py and evaluate_tau2.py.
 """
 
 from __future__ import annotations
@@ -103,11 +103,17 @@ def _read_call(body: str, closed: bool, tools: Sequence[dict]) -> AgentToolCall:
         call = json.loads(body)
     except (json.JSONDecodeError, RecursionError) as error:
         return _invalid(body, f"the tool call is not valid JSON ({str(error)[:80]})")
+    return read_call(call, tools, body)
+
+
+def read_call(call: Any, tools: Sequence[dict], said: str) -> AgentToolCall:
+    """{"name": ..., "arguments": ...} checked against the tools; one with `error`, quoting `said`, if it cannot be
+    executed."""
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return _invalid(body, 'the tool call is not an object with "name" and "arguments"')
+        return _invalid(said, 'the tool call is not an object with "name" and "arguments"')
     arguments, problem = _read_arguments(call.get("arguments", {}))
     problem = problem or _check_against(call["name"], arguments, tools)
-    return _invalid(body, problem) if problem else AgentToolCall(name=call["name"], arguments=arguments)
+    return _invalid(said, problem) if problem else AgentToolCall(name=call["name"], arguments=arguments)
 
 
 def _read_arguments(value: Any) -> tuple[dict, str | None]:
