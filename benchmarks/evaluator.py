@@ -4,8 +4,8 @@
     python benchmarks/evaluator.py --profile  # where one evaluation with the immediate server spends its time
 
 The servers are stand-ins in a process of their own; they answer from a table, after 0.2 s or at once, what the
-scripted teacher says. All sides run the 40 test tasks with the scripted customer, 64 episodes at a time, in this process, with
-everything imported and the tasks loaded:
+scripted teacher says. All sides run the 40 test tasks with the scripted customer, 64 episodes at a time, in this
+process, with everything imported and the tasks loaded:
 
 - `evaluate_tau2.py`: its whole main() with rows on disk, floor and report. The slow server is a /generate server
   (SmolLM2's tokenizer, short prompt); beside tau2 it is a chat-completions endpoint with the official prompt.

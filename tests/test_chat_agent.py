@@ -399,7 +399,7 @@ async def test_a_key_is_in_no_traceback(provider, base, monkeypatch):
 def test_all_test_tasks_are_solved_as_the_teacher_solves_them(evaluate, provider, capsys):
     code, result = evaluate()
     assert code == 0 and (result["total_tasks"], result["successes"]) == (40, 40)
-    assert result["agent"] == "chat" and result["agent_llm"]["name"] == "a-model" and not provider.odd_turns
+    assert result["agent"] == "chat" and result["agent_llm"] == "a-model" and not provider.odd_turns
     assert result["tokens"]["generated"] == 7 * (len(provider.requests) - 1)
     assert "a-model" in capsys.readouterr().out
 

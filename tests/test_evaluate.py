@@ -13,6 +13,7 @@ import pytest
 from fake_generate import FakeModel, serving
 
 import evaluate_tau2
+import model_server
 from evaluate_tau2 import choose_tasks, main, task_stderr
 from openai_tool_adapter import load_chat_template
 from tau2_teacher import AlwaysTransfer
@@ -245,7 +246,7 @@ def test_a_server_of_another_model_is_refused(evaluate, model, capsys):
 
 
 def test_a_port_that_something_else_holds_is_refused(tmp_path, tiny_model_dir, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate_tau2, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(model_server, "ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as other:
         flags = ["--checkpoint", str(tiny_model_dir), "--output-path", str(tmp_path / "out.json")]
         assert main([*flags, "--sglang-port", str(other.getsockname()[1])]) == 2
@@ -276,7 +277,7 @@ def test_a_server_is_started_and_stopped_again(run_script, tmp_path, tiny_model_
 
 def test_a_server_that_dies_shows_its_last_words(tmp_path, tiny_model_dir, unused_tcp_port, capsys, monkeypatch):
     words = [sys.executable, "-c", "print('out of memory, sorry'); raise SystemExit(3)"]
-    monkeypatch.setattr(evaluate_tau2, "server_command", lambda args: (words, dict(os.environ)))
+    monkeypatch.setattr(model_server, "server_command", lambda args: (words, dict(os.environ)))
     flags = ["--checkpoint", str(tiny_model_dir), "--output-path", str(tmp_path / "out.json")]
     assert main([*flags, "--sglang-port", str(unused_tcp_port)]) == 2
     assert "out of memory, sorry" in capsys.readouterr().err

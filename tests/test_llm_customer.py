@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -275,7 +276,7 @@ import sys, evaluate_tau2
 code = evaluate_tau2.main(["--agent", "teacher", "--user", "llm", "--output-path", {str(tmp_path / "o.json")!r}])
 print(code, "litellm" in sys.modules, "tau2" in sys.modules)
 """
-    environment = {k: v for k, v in evaluate_tau2.os.environ.items() if k not in ("GEMINI_API_KEY", "GOOGLE_API_KEY")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("GEMINI_API_KEY", "GOOGLE_API_KEY")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["2", "False", "False"]
     assert done.stderr.startswith("error: ") and "GEMINI_API_KEY" in done.stderr and done.stderr.count("\n") == 1

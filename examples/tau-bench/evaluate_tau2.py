@@ -2,13 +2,17 @@
 
     python examples/tau-bench/evaluate_tau2.py --checkpoint runs/local/sft/hf --prompt short --output-path sft.json
     python examples/tau-bench/evaluate_tau2.py --agent teacher --output-path teacher.json
+    python examples/tau-bench/evaluate_tau2.py compare sft.json grpo.json
+    python examples/tau-bench/evaluate_tau2.py report sft.json grpo.json --output report.html
+    python examples/tau-bench/evaluate_tau2.py rescore sft.json
 
 `--user llm` lets a model play the customer; its key comes from the environment (GEMINI_API_KEY), and it is asked once
 before anything loads. A server for the checkpoint is started when none answers on --sglang-port (sglang on a GPU
 machine that has it, else slime_local's), and stopped again. Every finished episode is written to OUTPUT.rows.jsonl at
 once: the same command continues where an interrupted one stopped, and refuses rows of other settings. An episode that
 the machinery broke is tried again, then makes the run incomplete: exit code 1 and no headline number. The floor is
-what transferring every customer to a human at once earns on the same tasks.
+what transferring every customer to a human at once earns on the same tasks. OUTPUT.json is a file of tau2's own format
+too. `rescore` grades the recorded episodes again, without a model.
 """
 
 from __future__ import annotations
@@ -16,26 +20,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
-import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
-import os
 import platform
-import re
-import shlex
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +38,13 @@ from tqdm import tqdm
 
 import chat_agent
 from generate_with_tau import TURN_TOKENS, TokenAgent, TokenLimits, close_session, model_context, sampling_seed
+from model_server import Server, check_checkpoint, fingerprint, running_server
 from openai_tool_adapter import ChatTemplate, load_chat_template
 from tau2_episode import (
     PROMPTS,
+    SUCCESS_TOLERANCE,
     BadInput,
+    EndReason,
     Episode,
     EpisodeConfig,
     check_customer,
@@ -55,34 +52,31 @@ from tau2_episode import (
     episode_to_row,
     git_commit,
     load_tasks,
+    rescore,
     run_episode,
     tau2_version,
 )
+from tau2_metrics import behaviour, breakdowns, by_task, metrics, task_means
+from tau2_results import ROWS_FORMAT, RowsFile, read_result, rows_path, tau2_results, write_json
 from tau2_reward_shaping import partial_score
 from tau2_teacher import AGENTS, AlwaysTransfer
 from tau2_users import customer_name
 
 CHECKPOINT = "checkpoint"
 TRIES = 3  # of an episode that the machinery broke
-ANSWER_SECONDS = 10  # of a server to a question about itself
-SERVER_MINUTES = 20  # to load and answer
-LOG_LINES = 20  # of a server that died
 PROGRESS_SECONDS = 30  # between lines in a log
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-CONVERTER = (
-    "python tools/convert_torch_dist_to_hf.py --input-dir {folder} --output-dir {folder}_hf --origin-hf-dir HF_DIR"
-)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--checkpoint", help="Hugging Face folder of the model (not for the scripted agents)")
-    add("--output-path", required=True, help="result json; OUTPUT.rows.jsonl beside it holds the episodes")
+    add("--output-path", "--save-to", required=True, help="result json; beside it OUTPUT.rows.jsonl, the episodes")
+    add("--auto-resume", action="store_true", help="tau2's name for what always happens: a run goes on where it was")
     add("--num-tasks", type=int, help="so many tasks, evenly over the split (default: all)")
     add("--sglang-port", type=int, default=30000, help="where the server is or will be")
     add("--server-address", metavar="HOST:PORT", help="a server elsewhere; none is started")
+    add("--served-as", metavar="NAME", help="what that server calls the checkpoint, where it is not its folder")
     add("--domain", default="telecom")
     add("--task-split", "--task-split-name", default="test")
     add("--agent", choices=[CHECKPOINT, chat_agent.CHAT, *AGENTS], default=CHECKPOINT)
@@ -130,16 +124,33 @@ def _json_object(text: str) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server we started is stopped
     try:
-        return run(args)
+        command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
+        return COMMANDS[command](rest)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130
+
+
+def compare_command(argv: Sequence[str]) -> int:
+    from tau2_compare import main as compare
+
+    return compare(argv)
+
+
+def report_command(argv: Sequence[str]) -> int:
+    from tau2_report import main as report
+
+    return report(argv)
+
+
+def run_command(argv: Sequence[str]) -> int:
+    return run(parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -159,7 +170,15 @@ def run(args: argparse.Namespace) -> int:
         if failures:
             return report_incomplete(args, failures)
         results = [rows.done[task.id, trial] for task, trial in wanted]
-    summary = summarize(args, results, measure_floor(args, tasks))
+    floor = measure_floor(args.domain, tasks)
+    summary = {
+        **about(args, results[0]["user"]),
+        **numbers(results, floor),
+        "minutes": minutes(results),
+        "versions": versions(),
+        "results": [{key: value for key, value in row.items() if key != "simulation"} for row in results],
+        **tau2_results(results, tasks, config, agent_info(args), args.num_trials, args.seed),
+    }
     write_json(Path(args.output_path), summary)
     print_report(summary, args.output_path)
     return 0
@@ -190,29 +209,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise BadInput(f"--output-path {args.output_path}: no folder {Path(args.output_path).parent}")
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Raises BadInput when `folder` is not an HF model folder; with the converting command for an iteration folder."""
-    if not folder.exists():
-        raise BadInput(f"--checkpoint {folder}: no such folder")
-    tracker = folder / "latest_checkpointed_iteration.txt"
-    if tracker.is_file():
-        newest = tracker.read_text().strip()
-        iteration = folder / (f"iter_{int(newest):07d}" if newest.isdigit() else newest)
-        raise BadInput(_not_hf(folder, "a folder of training checkpoints", iteration))
-    if re.fullmatch(r"iter_\d+", folder.resolve().name) or any(folder.glob("*.distcp")):
-        raise BadInput(_not_hf(folder, "a training checkpoint, not a Hugging Face folder", folder))
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    missing += [] if any(any(folder.glob(pattern)) for pattern in WEIGHTS) else ["weights (*.safetensors)"]
-    missing += [] if any((folder / name).is_file() for name in TOKENIZERS) else ["a tokenizer (tokenizer.json)"]
-    if missing:
-        raise BadInput(f"--checkpoint {folder}: not a Hugging Face model folder, it has no {', no '.join(missing)}")
-
-
-def _not_hf(folder: Path, what: str, iteration: Path) -> str:
-    command = CONVERTER.format(folder=shlex.quote(str(iteration)))
-    return f"--checkpoint {folder} is {what}; use the folder that --save-hf wrote, or convert it in slime: {command}"
-
-
 def episode_config(args: argparse.Namespace) -> EpisodeConfig:
     config = EpisodeConfig(
         domain=args.domain,
@@ -241,7 +237,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What two rows must share to be counted together."""
     names = "domain task_split agent prompt user user_args seed max_steps max_errors temperature max_turn_tokens"
     chosen = {name: getattr(args, name) for name in (*names.split(), "max_context_len", "redraw_ids")}
-    return {**chosen, "model": model_identity(args), "tau2": tau2_version()}
+    return {**chosen, "model": model_identity(args), "tau2": tau2_version(), "format": ROWS_FORMAT}
 
 
 def model_identity(args: argparse.Namespace) -> str | dict | None:
@@ -249,96 +245,6 @@ def model_identity(args: argparse.Namespace) -> str | dict | None:
     if args.agent == chat_agent.CHAT:
         return chat_agent.identity(args)
     return fingerprint(Path(args.checkpoint)) if args.agent == CHECKPOINT else None
-
-
-def fingerprint(folder: Path) -> str:
-    """Of a model folder's weights: sizes and 16 samples of each file, so that 8 GB take no time."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            for part in range(16):
-                file.seek(size * part // 16)
-                digest.update(file.read(65536))
-    return digest.hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows, written as they finish
-
-
-def rows_path(output_path: str) -> Path:
-    return Path(output_path).with_suffix(".rows.jsonl")
-
-
-class RowsFile:
-    """OUTPUT.rows.jsonl: a line of settings, then a line per finished episode; `done`: (task_id, trial) -> row.
-
-    Entering reads what is there and takes a lock; a torn last line counts as not written. Raises BadInput for rows of
-    other settings, for a line that is not JSON, and when another process holds the file.
-    """
-
-    def __init__(self, output_path: str, chosen: dict):
-        self.path = rows_path(output_path)
-        self.output, self.settings = Path(output_path), json.loads(json.dumps(chosen))
-        self.done: dict[tuple[str, int], dict] = {}
-        self.runs = 0
-
-    def __enter__(self) -> RowsFile:
-        if self.output.exists() and not self.path.exists():
-            raise BadInput(f"{self.output} exists, without the rows to continue from: choose another --output-path")
-        self.file = self.path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
-        except BlockingIOError:
-            self.file.close()
-            raise BadInput(f"{self.path}: another evaluation is writing it") from None
-        except BaseException:
-            self.file.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def _read(self) -> None:
-        self.file.seek(0)
-        text = self.file.read()
-        whole, _, torn = text.rpartition("\n")
-        if torn:
-            self.file.truncate(len(text.encode()) - len(torn.encode()))
-        lines = whole.splitlines()
-        if not lines or (len(lines) == 1 and lines[0].startswith('{"settings": ')):  # no row yet to be mixed with
-            self.file.truncate(0)
-            self._append({"settings": self.settings})
-            return
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{self.path}, line {number}: not JSON ({error})") from None
-            if number == 1:
-                self._check(row.get("settings") or {})
-            else:
-                self.done[row["task_id"], row["trial"]] = row
-        self.runs = 1 + max((row["run"] for row in self.done.values()), default=-1)
-
-    def _check(self, there: dict) -> None:
-        other = [key for key in self.settings | there if self.settings.get(key) != there.get(key)]
-        if other:
-            differences = ", ".join(f"{key} {there.get(key)!r}, now {self.settings.get(key)!r}" for key in other)
-            raise BadInput(f"{self.path} was made with other settings ({differences}): choose another --output-path")
-
-    def add(self, row: dict) -> None:
-        self.done[row["task_id"], row["trial"]] = row
-        self._append(row)
-
-    def _append(self, value: dict) -> None:
-        self.file.write(json.dumps(value, ensure_ascii=False) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,16 +334,26 @@ def episode_row(episode: Episode, agent: Any, trial: int) -> dict[str, Any]:
     return {
         **episode_to_row(episode),
         "trial": trial,
-        "partial_score": partial_score(episode.checks),
+        **graded(episode.reward, episode.checks),
         "tokens": agent.usage() if hasattr(agent, "usage") else {},
         "asides": getattr(agent, "asides", 0),
         "simulation": episode.simulation.model_dump(mode="json"),
     }
 
 
-def measure_floor(args: argparse.Namespace, tasks: list) -> float | None:
+def graded(reward: float, checks: dict) -> dict[str, Any]:
+    """The part of a row that grading decides."""
+    return {
+        "reward": reward,
+        "solved": abs(reward - 1.0) <= SUCCESS_TOLERANCE,
+        "checks": checks,
+        "partial_score": partial_score(checks),
+    }
+
+
+def measure_floor(domain: str, tasks: list) -> float | None:
     """pass@1 of transferring at once, on the same tasks; with the scripted customer, so telecom only."""
-    if args.domain != "telecom":
+    if domain != "telecom":
         return None
 
     async def run_floor() -> list[Episode]:
@@ -447,203 +363,59 @@ def measure_floor(args: argparse.Namespace, tasks: list) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The server
-
-
-@dataclass
-class Server:
-    """A `/generate` server; `process` and `log` are set when this program started it."""
-
-    url: str
-    model_info: dict
-    process: subprocess.Popen | None = None
-    log: Path | None = None
-
-    def alive(self) -> bool:
-        return self.process is None or self.process.poll() is None
-
-    def last_words(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:] if self.log else []
-        return "\n".join([f"the server has stopped; the end of {self.log}:", *(f"  {line}" for line in lines)])
-
-
-@contextlib.contextmanager
-def running_server(args: argparse.Namespace) -> Iterator[Server]:
-    """The server that answers on the port, checked to serve this checkpoint, or one started for the block."""
-    address = args.server_address or f"127.0.0.1:{args.sglang_port}"
-    if not re.fullmatch(r"[^/\s]+:\d+", address):
-        raise BadInput(f"--server-address {address}: give HOST:PORT")
-    url = f"http://{address}"
-    info = ask_model_info(url)
-    if info is not None:
-        yield Server(url, check_serves(info, url, args.checkpoint))
-    elif args.server_address:
-        raise BadInput(f"--server-address {address}: no server answers there")
-    else:
-        with started_server(args, url) as server:
-            yield server
-
-
-def ask_model_info(url: str) -> dict | None:
-    """What the server says it serves; None when nothing listens. Raises BadInput when something else answers."""
-    try:
-        return _get_json(f"{url}/model_info") or _get_json(f"{url}/get_model_info") or _not_a_server(url)
-    except (urllib.error.URLError, OSError) as error:
-        if isinstance(getattr(error, "reason", error), ConnectionRefusedError):
-            return None
-        raise BadInput(f"{url} is taken by something that does not answer as a model server ({error})") from None
-
-
-def _get_json(url: str) -> dict | None:
-    """The JSON object at `url`; None for an HTTP error or another answer."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=ANSWER_SECONDS) as response:
-            value = json.loads(response.read())
-    except (urllib.error.HTTPError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _not_a_server(url: str) -> dict:
-    raise BadInput(f"{url} is taken by something that is no model server (no /model_info): give another --sglang-port")
-
-
-def check_serves(info: dict, url: str, checkpoint: str) -> dict:
-    served = str(info.get("model_path", ""))
-    if not served or Path(served).resolve() != Path(checkpoint).resolve():
-        served = served or "an unnamed model"
-        raise BadInput(f"the server at {url} serves {served}, not {checkpoint}: stop it or give another --sglang-port")
-    return info
-
-
-@contextlib.contextmanager
-def started_server(args: argparse.Namespace, url: str) -> Iterator[Server]:
-    command, environment = server_command(args)
-    log = Path(args.output_path).with_suffix(".server.log")
-    print(f"starting {shlex.join(command[1:])}  (log: {log})", flush=True)
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    server = Server(url, {}, process, log)
-    try:
-        wait_until_ready(server)
-        server.model_info = check_serves(ask_model_info(url) or {}, url, args.checkpoint)
-        yield server
-    finally:
-        stop(process)
-
-
-def server_command(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """sglang where it is installed beside a GPU, else slime_local's server. Raises BadInput when there is neither."""
-    here = Path(__file__).resolve().parents[2]
-    environment = {**os.environ}
-    model = ["--model-path", args.checkpoint, "--port", str(args.sglang_port)]
-    if shutil.which("nvidia-smi") and importlib.util.find_spec("sglang"):
-        return [sys.executable, "-m", "sglang.launch_server", *model], environment
-    if (here / "slime_local").is_dir():
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here), environment.get("PYTHONPATH")]))
-    elif not importlib.util.find_spec("slime_local"):
-        raise BadInput(
-            "no server answers, and neither sglang nor slime_local is here to start one: give --server-address"
-        )
-    model += ["--max-running-requests", str(args.max_concurrency)]
-    model += ["--context-length", str(args.max_context_len)] if args.max_context_len else []
-    return [sys.executable, "-m", "slime_local.server", *model], environment
-
-
-def wait_until_ready(server: Server) -> None:
-    began = told = time.monotonic()
-    while True:
-        if not server.alive():
-            raise BadInput(server.last_words())
-        with contextlib.suppress(OSError):
-            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(f"{server.url}/health", timeout=ANSWER_SECONDS):
-                return
-        waited = time.monotonic() - began
-        if waited > SERVER_MINUTES * 60:
-            raise BadInput(f"the server did not answer within {SERVER_MINUTES} minutes; {server.last_words()}")
-        if time.monotonic() - told > PROGRESS_SECONDS:
-            print(f"waiting for the server ({waited:.0f} s)", flush=True)
-            told = time.monotonic()
-        time.sleep(0.25)
-
-
-def stop(process: subprocess.Popen) -> None:
-    """End the server's own process group: first asked, then killed."""
-    for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Numbers
 
 
-def summarize(args: argparse.Namespace, rows: list[dict], floor: float | None) -> dict[str, Any]:
-    """The output json. With several trials pass@1 is the mean over all episodes, its error clustered by task."""
-    by_type = defaultdict(list)
-    for row in rows:
-        by_type[row["issue_type"]].append(row)
-    minutes = defaultdict(float)
-    for row in rows:
-        minutes[row["run"]] = max(minutes[row["run"]], row["minutes"])
+def about(args: argparse.Namespace, customer: dict) -> dict[str, Any]:
+    """What was evaluated, and how."""
+    names = "domain task_split agent prompt seed num_trials temperature max_steps max_errors max_turn_tokens"
     return {
         "checkpoint": args.checkpoint if args.agent == CHECKPOINT else None,
-        "domain": args.domain,
-        "task_split": args.task_split,
-        "total_tasks": len({row["task_id"] for row in rows}),
+        **{name: getattr(args, name) for name in (*names.split(), "redraw_ids")},
+        "agent_llm": args.agent_llm,
+        "seeds": [args.seed + trial for trial in range(args.num_trials)],
+        "customer": customer,
+        "settings": json.loads(json.dumps(settings(args))),
+    }
+
+
+def agent_info(args: argparse.Namespace) -> dict[str, Any]:
+    """The agent in tau2's terms."""
+    model = {CHECKPOINT: args.checkpoint, chat_agent.CHAT: args.agent_llm}.get(args.agent)
+    if model is None:
+        return {"implementation": args.agent}
+    llm_args = {"temperature": args.temperature, "max_tokens": args.max_turn_tokens, **args.agent_llm_args}
+    return {"implementation": args.agent, "llm": model, "llm_args": llm_args}
+
+
+def numbers(rows: list[dict], floor: float | None) -> dict[str, Any]:
+    """Everything that is computed from the episodes. pass@1 is the mean over all of them, with several trials too."""
+    return {
+        "total_tasks": len(by_task(rows)),
         "total_episodes": len(rows),
-        **scores(rows),
+        "successes": sum(row["solved"] for row in rows),
+        "pass_at_1": statistics.fmean(row["solved"] for row in rows),
         "pass_at_1_stderr": task_stderr(rows),
         "floor_always_transfer": floor,
         "avg_reward": statistics.fmean(row["reward"] for row in rows),
-        "avg_steps": statistics.fmean(row["steps"] for row in rows),
-        "avg_agent_turns": statistics.fmean(row["agent_turns"] for row in rows),
-        "avg_tool_errors": statistics.fmean(row["tool_errors"] for row in rows),
-        "by_issue_type": {kind: {"total": len(found), **scores(found)} for kind, found in sorted(by_type.items())},
-        "end_reasons": dict(Counter(row["end_reason"] for row in rows).most_common()),
-        "agent": args.agent,
-        "agent_llm": chat_agent.identity(args) if args.agent == chat_agent.CHAT else None,
-        "customer": rows[0]["user"],
-        "prompt": args.prompt,
-        "seed": args.seed,
-        "num_trials": args.num_trials,
-        "temperature": args.temperature,
-        "max_steps": args.max_steps,
-        "max_turn_tokens": args.max_turn_tokens,
-        "redraw_ids": args.redraw_ids,
-        "tokens": dict(sum((Counter(row["tokens"]) for row in rows), Counter())),
-        "minutes": round(sum(minutes.values()), 2),
-        "versions": versions(),
-        "results": [{key: value for key, value in row.items() if key != "simulation"} for row in rows],
-    }
-
-
-def scores(rows: list[dict]) -> dict[str, Any]:
-    return {
-        "successes": sum(row["solved"] for row in rows),
-        "pass_at_1": statistics.fmean(row["solved"] for row in rows),
         "avg_partial_score": statistics.fmean(row["partial_score"] for row in rows),
+        "metrics": metrics(rows),
+        **breakdowns(rows),
+        **behaviour(rows),
     }
+
+
+def minutes(rows: list[dict]) -> float:
+    """Of all runs that the rows took; a run's time is that of its last row."""
+    by_run = defaultdict(float)
+    for row in rows:
+        by_run[row["run"]] = max(by_run[row["run"]], row["minutes"])
+    return round(sum(by_run.values()), 2)
 
 
 def task_stderr(rows: list[dict]) -> float | None:
     """Standard error of pass@1 over tasks (trials of one task are not independent); None for a single task."""
-    by_task = defaultdict(list)
-    for row in rows:
-        by_task[row["task_id"]].append(row["solved"])
-    means = [statistics.fmean(solved) for solved in by_task.values()]
+    means = task_means(rows, "solved")
     return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
 
 
@@ -655,11 +427,43 @@ def versions() -> dict[str, str | None]:
     return {**found, "git": git_commit(Path(__file__).parent, 12)}
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+# ---------------------------------------------------------------------------------------------------------------------
+# rescore
+
+
+def rescore_command(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="evaluate_tau2.py rescore", description="Grade recorded episodes again.")
+    parser.add_argument("result", help="OUTPUT.json of an evaluation")
+    parser.add_argument("--output-path", help="where the new result goes (default: it is only shown)")
+    args = parser.parse_args(argv)
+    old = read_result(args.result)
+    new = rescored(old, args.result)
+    changed = [row for row, was in zip(new["results"], old["results"], strict=True) if row["checks"] != was["checks"]]
+    if args.output_path:
+        write_json(Path(args.output_path), new)
+    print_report(new, args.output_path or "(nowhere)")
+    print(f"{len(changed)} of {len(new['results'])} episodes have other checks than were recorded")
+    for row in changed:
+        print(f"  {row['task_id']} trial {row['trial']}: reward {row['reward']}, partial {row['partial_score']:.3f}")
+    return 0
+
+
+def rescored(result: dict[str, Any], path: str) -> dict[str, Any]:
+    """The result with rewards, checks and every number computed again from its simulations."""
+    made = result["settings"]
+    config = EpisodeConfig(domain=made["domain"], prompt=made["prompt"], redraw_ids=made["redraw_ids"])
+    tasks = {task.id: task for task in load_tasks(config.domain, "full")}
+    unknown = [row["task_id"] for row in result["results"] if row["task_id"] not in tasks]
+    if unknown:
+        raise BadInput(f"{path}: {tau2_version()} has no task {unknown[0]!r}; the run was made with {made['tau2']}")
+    rows, simulations = [], []
+    for row, simulation in zip(result["results"], result["simulations"], strict=True):
+        reason = EndReason(row["end_reason"])
+        reward_info, checks = rescore(tasks[row["task_id"]], simulation, reason, config, row["seed"])
+        rows.append({**row, **graded(reward_info["reward"], checks)})
+        simulations.append({**simulation, "reward_info": reward_info})
+    floor = measure_floor(config.domain, [tasks[task_id] for task_id in by_task(rows)])
+    return {**result, **numbers(rows, floor), "versions": versions(), "results": rows, "simulations": simulations}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,35 +501,52 @@ def report_incomplete(args: argparse.Namespace, failures: list[Failure]) -> int:
 
 
 def print_report(summary: dict, path: str) -> None:
-    error = summary["pass_at_1_stderr"]
+    found = summary["metrics"]
     floor = summary["floor_always_transfer"]
     customer = " ".join(str(v) for k, v in summary["customer"].items() if k in ("kind", "model", "version"))
     trials = f" x {summary['num_trials']} trials" if summary["num_trials"] > 1 else ""
     kinds = summary["by_issue_type"].items()
-    tokens = summary["tokens"]
     lines = [
-        ("agent", summary["checkpoint"] or (summary["agent_llm"] or {}).get("name") or summary["agent"]),
+        ("agent", summary["checkpoint"] or summary.get("agent_llm") or summary["agent"]),
         ("tasks", f"{summary['domain']} {summary['task_split']}, {summary['total_tasks']} tasks{trials}"),
         ("customer, prompt", f"{customer}, {summary['prompt']} prompt, seed {summary['seed']}"),
         (
             "pass@1",
-            f"{summary['pass_at_1']:.3f}{'' if error is None else f' +- {error:.3f}'} "
-            f"({summary['successes']}/{summary['total_episodes']})"
+            f"{interval(found['pass_at_1'])} ({summary['successes']}/{summary['total_episodes']})"
             + ("" if floor is None else f"; always-transfer floor {floor:.3f}"),
         ),
-        ("partial score", f"{summary['avg_partial_score']:.3f}"),
-        ("by issue type", ", ".join(f"{kind} {found['successes']}/{found['total']}" for kind, found in kinds)),
+        ("pass^k", _of_k(found["pass_hat_k"])),
+        ("pass@k", _of_k(found["pass_at_k"])),
+        ("average reward", interval(found["avg_reward"])),
+        ("partial score", interval(found["avg_partial_score"])),
+        ("by issue type", ", ".join(f"{kind} {of['successes']}/{of['total']}" for kind, of in kinds)),
         ("end reasons", ", ".join(f"{reason} {count}" for reason, count in summary["end_reasons"].items())),
         (
             "an episode",
             f"{summary['avg_agent_turns']:.1f} agent turns, {summary['avg_steps']:.1f} messages, "
-            f"{summary['avg_tool_errors']:.2f} tool errors",
+            f"{summary['avg_tool_errors']:.2f} tool errors, {summary['avg_customer_tool_calls']:.2f} calls of the "
+            "customer's tools",
         ),
-        ("tokens", ", ".join(f"{name} {count:,}" for name, count in tokens.items())),
+        ("tokens", ", ".join(f"{name} {count:,}" for name, count in summary["tokens"].items())),
         ("minutes", f"{summary['minutes']:.1f}"),
         ("written to", path),
     ]
     print("\n".join(f"{name:<18}{text}" for name, text in lines if text))
+
+
+def interval(estimate: dict) -> str:
+    """A value with its 95 % interval."""
+    if estimate["low"] is None:
+        return f"{estimate['value']:.3f}"
+    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
+def _of_k(estimates: dict[str, dict]) -> str:
+    """Those of two trials and more."""
+    return ", ".join(f"{k}: {interval(estimate)}" for k, estimate in estimates.items() if int(k) > 1)
+
+
+COMMANDS = {"run": run_command, "compare": compare_command, "report": report_command, "rescore": rescore_command}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -113,7 +113,9 @@ def read_call(call: Any, tools: Sequence[dict], said: str) -> AgentToolCall:
         return _invalid(said, 'the tool call is not an object with "name" and "arguments"')
     arguments, problem = _read_arguments(call.get("arguments", {}))
     problem = problem or _check_against(call["name"], arguments, tools)
-    return _invalid(said, problem) if problem else AgentToolCall(name=call["name"], arguments=arguments)
+    if problem:
+        return replace(_invalid(said, problem), asked_for=call["name"])
+    return AgentToolCall(name=call["name"], arguments=arguments)
 
 
 def _read_arguments(value: Any) -> tuple[dict, str | None]:

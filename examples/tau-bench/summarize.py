@@ -15,8 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from evaluate_tau2 import write_json
 from tau2_episode import BadInput
+from tau2_results import write_json
 
 STAGES = ("base", "sft", "grpo")
 ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")

@@ -140,11 +140,12 @@ class EndEpisode(Exception):
 @dataclass
 class AgentToolCall:
     """One tool call of the agent. `error` is set when the model's call could not be parsed: it then counts as a tool
-    error and the model is shown `error` as the tool's answer."""
+    error and the model is shown `error` as the tool's answer; `asked_for` is the tool that it named, where it did."""
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    asked_for: str | None = None
 
 
 @dataclass
@@ -250,6 +251,7 @@ class Episode:
     steps: int = 0
     agent_turns: int = 0
     tool_errors: int = 0
+    customer_tool_calls: int = 0  # of the agent, for tools that only the customer's phone has
     agent_seconds: float = 0.0
     user_seconds: float = 0.0
 
@@ -275,6 +277,7 @@ def episode_to_row(episode: Episode) -> dict[str, Any]:
         "steps": episode.steps,
         "agent_turns": episode.agent_turns,
         "tool_errors": episode.tool_errors,
+        "customer_tool_calls": episode.customer_tool_calls,
         "agent_seconds": round(episode.agent_seconds, 4),
         "user_seconds": round(episode.user_seconds, 4),
     }
@@ -359,12 +362,37 @@ def _checkout_version(root: Path) -> str:
 
 
 def git_commit(folder: Path, digits: int) -> str | None:
-    """Of the checkout that holds `folder`, with "+" when it has changes; None for a copy without history, or no git."""
+    """Of the checkout that holds `folder`, with "+" when it has changes; None where there is no history or no git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", f"--abbrev={digits}", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def results_header(config: EpisodeConfig, agent: dict[str, Any], num_trials: int, seed: int) -> dict[str, Any]:
+    """`info` of tau2's Results as JSON values. agent: "implementation", "llm", "llm_args"."""
+    import tau2.environment.environment as environment
+    from tau2.user.user_simulator import get_global_user_sim_guidelines
+
+    data, scripted = _tau2().simulation, config.user == "scripted"
+    policy = _tau2().registry.get_env_constructor(config.domain)().get_policy()
+    info = data.Info(
+        git_commit=git_commit(Path(__file__).parent, 40) or "unknown",
+        num_trials=num_trials,
+        max_steps=config.max_steps,
+        max_errors=config.max_errors,
+        user_info=data.UserInfo(
+            implementation="scripted" if scripted else "user_simulator",
+            llm=None if scripted else config.user,
+            llm_args=None if scripted else config.user_args,
+            global_simulation_guidelines=None if scripted else get_global_user_sim_guidelines(),
+        ),
+        agent_info=data.AgentInfo(**agent),
+        environment_info=environment.EnvironmentInfo(domain_name=config.domain, policy=policy),
+        seed=seed,
+    )
+    return info.model_dump(mode="json")
 
 
 def domains() -> tuple[str, ...]:
@@ -617,6 +645,7 @@ class _Run:
         self.should_stop = should_stop
         self.customer: Any = None
         self.orchestrator: Any = None
+        self.customer_tools: set[str] = set()
         self.calls = 0
         self.shown_errors: dict[str, str] = {}
         self.started, self.start_time = time.perf_counter(), self.tau2.get_now()
@@ -637,6 +666,7 @@ class _Run:
         config = self.config
         environment = self.tau2.registry.get_env_constructor(_fast_domain(config.domain))()
         tools = _user_tools(environment, self.task)
+        self.customer_tools = {tool.name for tool in tools or []} - {tool.name for tool in environment.get_tools()}
         self.customer = tau2_users.make_customer(
             config.user, config.user_args, self.task, tools, self.episode.seed, config.user_concurrency
         )
@@ -760,6 +790,7 @@ class _Run:
 
     def _to_tau2_call(self, call: AgentToolCall) -> Any:
         self.calls += 1
+        self.episode.customer_tool_calls += (call.asked_for or call.name) in self.customer_tools
         call_id = f"call_{self.calls}"
         error = call.error or _unusable(call)
         name, arguments = call.name, call.arguments
@@ -802,31 +833,52 @@ class _Run:
         )
 
     def _score(self) -> None:
-        """Official reward of the simulation; checks also for a truncated one, from a copy that counts as stopped."""
-        simulation = self.episode.simulation
-        reward_info = self._evaluate(simulation)
-        simulation.reward_info = reward_info
-        self.episode.reward = reward_info.reward
-        if self.episode.end_reason.is_truncated:
-            kept = _without_dangling_call(simulation.messages)
-            reward_info = self._evaluate(
-                simulation.model_copy(
-                    update={
-                        "messages": kept,
-                        "termination_reason": self.tau2.simulation.TerminationReason.USER_STOP,
-                    }
-                )
-            )
-        self.episode.checks = _checks(self.task, simulation.messages, reward_info)
-
-    def _evaluate(self, simulation: Any) -> Any:
-        return self.tau2.evaluate_simulation(
-            simulation=simulation,
-            task=self.task,
-            evaluation_type=self.tau2.EvaluationType.ALL,
-            solo_mode=False,
-            domain=_fast_domain(self.config.domain),
+        episode = self.episode
+        episode.simulation.reward_info, episode.checks = _score(
+            self.task, episode.simulation, episode.end_reason, self.config.domain
         )
+        episode.reward = episode.simulation.reward_info.reward
+
+
+def rescore(task: Any, simulation: dict, reason: EndReason, config: EpisodeConfig, seed: int) -> tuple[dict, dict]:
+    """(tau2's reward_info, checks) of a recorded episode: its calls are replayed, no model is asked.
+
+    simulation: tau2's SimulationRun as JSON values. Raises BadInput where the recorded tool results are not those
+    that tau2 gives today."""
+    run = _tau2().simulation.SimulationRun.model_validate(simulation)
+    databases = None
+    if config.redraw_ids:
+        task, databases = redraw(task, seed)
+    token = _redrawn_databases.set(databases)
+    try:
+        reward_info, checks = _score(task, run, reason, config.domain)
+    except ValueError as error:
+        raise BadInput(f"task {task.id}: the episode cannot be replayed: {error}"[:500]) from error
+    finally:
+        _redrawn_databases.reset(token)
+    return reward_info.model_dump(mode="json"), checks
+
+
+def _score(task: Any, simulation: Any, reason: EndReason, domain: str) -> tuple[Any, dict]:
+    """tau2's RewardInfo, and the checks; those of a truncated episode from a copy that counts as stopped."""
+    official = reward_info = _evaluate(task, simulation, domain)
+    if reason.is_truncated:
+        stopped = {
+            "messages": _without_dangling_call(simulation.messages),
+            "termination_reason": _tau2().simulation.TerminationReason.USER_STOP,
+        }
+        reward_info = _evaluate(task, simulation.model_copy(update=stopped), domain)
+    return official, _checks(task, simulation.messages, reward_info)
+
+
+def _evaluate(task: Any, simulation: Any, domain: str) -> Any:
+    return _tau2().evaluate_simulation(
+        simulation=simulation,
+        task=task,
+        evaluation_type=_tau2().EvaluationType.ALL,
+        solo_mode=False,
+        domain=_fast_domain(domain),
+    )
 
 
 def _user_tools(environment: Any, task: Any) -> list | None:

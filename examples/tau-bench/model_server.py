@@ -1,0 +1,224 @@
+"""The `/generate` server of an evaluation: the one that answers, checked, or one started for the time being.
+
+    with running_server(args) as server:        # args of evaluate_tau2.py
+        ... server.url, server.model_info
+
+sglang is started where it is installed beside a GPU, else slime_local's server. Also here: what a model folder must
+hold, and how one is told from another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tau2_episode import BadInput
+
+ANSWER_SECONDS = 10  # of a server to a question about itself
+SERVER_MINUTES = 20  # to load and answer
+LOG_LINES = 20  # of a server that died
+PROGRESS_SECONDS = 30  # between lines in a log
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+CONVERTER = (
+    "python tools/convert_torch_dist_to_hf.py --input-dir {folder} --output-dir {folder}_hf --origin-hf-dir HF_DIR"
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model folder
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raises BadInput when `folder` is not an HF model folder; with the converting command for an iteration folder."""
+    if not folder.exists():
+        raise BadInput(f"--checkpoint {folder}: no such folder")
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    if tracker.is_file():
+        newest = tracker.read_text().strip()
+        iteration = folder / (f"iter_{int(newest):07d}" if newest.isdigit() else newest)
+        raise BadInput(_not_hf(folder, "a folder of training checkpoints", iteration))
+    if re.fullmatch(r"iter_\d+", folder.resolve().name) or any(folder.glob("*.distcp")):
+        raise BadInput(_not_hf(folder, "a training checkpoint, not a Hugging Face folder", folder))
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    missing += [] if any(any(folder.glob(pattern)) for pattern in WEIGHTS) else ["weights (*.safetensors)"]
+    missing += [] if any((folder / name).is_file() for name in TOKENIZERS) else ["a tokenizer (tokenizer.json)"]
+    if missing:
+        raise BadInput(f"--checkpoint {folder}: not a Hugging Face model folder, it has no {', no '.join(missing)}")
+
+
+def _not_hf(folder: Path, what: str, iteration: Path) -> str:
+    command = CONVERTER.format(folder=shlex.quote(str(iteration)))
+    return f"--checkpoint {folder} is {what}; use the folder that --save-hf wrote, or convert it in slime: {command}"
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model folder's weights: sizes and 16 samples of each file, so that 8 GB take no time."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for part in range(16):
+                file.seek(size * part // 16)
+                digest.update(file.read(65536))
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The server
+
+
+@dataclass
+class Server:
+    """A `/generate` server; `process` and `log` are set when this program started it."""
+
+    url: str
+    model_info: dict
+    process: subprocess.Popen | None = None
+    log: Path | None = None
+
+    def alive(self) -> bool:
+        return self.process is None or self.process.poll() is None
+
+    def last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:] if self.log else []
+        return "\n".join([f"the server has stopped; the end of {self.log}:", *(f"  {line}" for line in lines)])
+
+
+@contextlib.contextmanager
+def running_server(args: Any) -> Iterator[Server]:
+    """The server that answers on the port, checked to serve this checkpoint, or one started for the block."""
+    address = args.server_address or f"127.0.0.1:{args.sglang_port}"
+    if not re.fullmatch(r"[^/\s]+:\d+", address):
+        raise BadInput(f"--server-address {address}: give HOST:PORT")
+    url = f"http://{address}"
+    info = ask_model_info(url)
+    if info is not None:
+        yield Server(url, check_serves(info, url, args.served_as or args.checkpoint))
+    elif args.server_address:
+        raise BadInput(f"--server-address {address}: no server answers there")
+    else:
+        with started_server(args, url) as server:
+            yield server
+
+
+def ask_model_info(url: str) -> dict | None:
+    """What the server says it serves; None when nothing listens. Raises BadInput when something else answers."""
+    try:
+        return _get_json(f"{url}/model_info") or _get_json(f"{url}/get_model_info") or _not_a_server(url)
+    except (urllib.error.URLError, OSError) as error:
+        if isinstance(getattr(error, "reason", error), ConnectionRefusedError):
+            return None
+        raise BadInput(f"{url} is taken by something that does not answer as a model server ({error})") from None
+
+
+def _get_json(url: str) -> dict | None:
+    """The JSON object at `url`; None for an HTTP error or another answer."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=ANSWER_SECONDS) as response:
+            value = json.loads(response.read())
+    except (urllib.error.HTTPError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _not_a_server(url: str) -> dict:
+    raise BadInput(f"{url} is taken by something that is no model server (no /model_info): give another --sglang-port")
+
+
+def check_serves(info: dict, url: str, checkpoint: str) -> dict:
+    served = str(info.get("model_path", ""))
+    if not served or Path(served).resolve() != Path(checkpoint).resolve():
+        served = served or "an unnamed model"
+        raise BadInput(
+            f"the server at {url} serves {served}, not {checkpoint}: "
+            f"stop it, give another --sglang-port, or say --served-as {served}"
+        )
+    return info
+
+
+@contextlib.contextmanager
+def started_server(args: Any, url: str) -> Iterator[Server]:
+    command, environment = server_command(args)
+    log = Path(args.output_path).with_suffix(".server.log")
+    print(f"starting {shlex.join(command[1:])}  (log: {log})", flush=True)
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    server = Server(url, {}, process, log)
+    try:
+        wait_until_ready(server)
+        server.model_info = check_serves(ask_model_info(url) or {}, url, args.checkpoint)
+        yield server
+    finally:
+        stop(process)
+
+
+def server_command(args: Any) -> tuple[list[str], dict[str, str]]:
+    """sglang where it is installed beside a GPU, else slime_local's server. Raises BadInput when there is neither."""
+    here = Path(__file__).resolve().parents[2]
+    environment = {**os.environ}
+    model = ["--model-path", args.checkpoint, "--port", str(args.sglang_port)]
+    if shutil.which("nvidia-smi") and importlib.util.find_spec("sglang"):
+        return [sys.executable, "-m", "sglang.launch_server", *model], environment
+    if (here / "slime_local").is_dir():
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here), environment.get("PYTHONPATH")]))
+    elif not importlib.util.find_spec("slime_local"):
+        raise BadInput(
+            "no server answers, and neither sglang nor slime_local is here to start one: give --server-address"
+        )
+    model += ["--max-running-requests", str(args.max_concurrency)]
+    model += ["--context-length", str(args.max_context_len)] if args.max_context_len else []
+    return [sys.executable, "-m", "slime_local.server", *model], environment
+
+
+def wait_until_ready(server: Server) -> None:
+    began = told = time.monotonic()
+    while True:
+        if not server.alive():
+            raise BadInput(server.last_words())
+        with contextlib.suppress(OSError):
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(f"{server.url}/health", timeout=ANSWER_SECONDS):
+                return
+        waited = time.monotonic() - began
+        if waited > SERVER_MINUTES * 60:
+            raise BadInput(f"the server did not answer within {SERVER_MINUTES} minutes; {server.last_words()}")
+        if time.monotonic() - told > PROGRESS_SECONDS:
+            print(f"waiting for the server ({waited:.0f} s)", flush=True)
+            told = time.monotonic()
+        time.sleep(0.25)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End the server's own process group: first asked, then killed."""
+    for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)

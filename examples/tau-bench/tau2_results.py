@@ -1,0 +1,156 @@
+"""The files of an evaluation: rows as they finish, and the result, which is also a file of tau2's own format.
+
+A library: used by evaluate_tau2.py, tau2_compare.py, tau2_report.py and summarize.py.
+
+OUTPUT.rows.jsonl   a line of settings, then a line an episode, on disk as soon as the episode is finished
+OUTPUT.json         the numbers, `results` (an episode each), and tau2's Results: timestamp, info, tasks, simulations.
+                    `tau2 view --file OUTPUT.json` and `tau2 evaluate-trajs OUTPUT.json` read it as it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tau2_episode import BadInput, EpisodeConfig, results_header
+
+# Of the rows: raised when an episode's row changes its meaning, so that rows of both kinds are never mixed.
+ROWS_FORMAT = 2
+OURS = ("results", "simulations", "num_trials", "prompt", "customer", "agent")  # that a result must have
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows, written as they finish
+
+
+def rows_path(output_path: str) -> Path:
+    return Path(output_path).with_suffix(".rows.jsonl")
+
+
+class RowsFile:
+    """OUTPUT.rows.jsonl: a line of settings, then a line per finished episode; `done`: (task_id, trial) -> row.
+
+    Entering reads what is there and takes a lock; a torn last line counts as not written. Raises BadInput for rows of
+    other settings, for a line that is not JSON, and when another process holds the file.
+    """
+
+    def __init__(self, output_path: str, chosen: dict):
+        self.path = rows_path(output_path)
+        self.output, self.settings = Path(output_path), json.loads(json.dumps(chosen))
+        self.done: dict[tuple[str, int], dict] = {}
+        self.runs = 0
+
+    def __enter__(self) -> RowsFile:
+        if self.output.exists() and not self.path.exists():
+            raise BadInput(f"{self.output} exists, without the rows to continue from: choose another --output-path")
+        self.file = self.path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._read()
+        except BlockingIOError:
+            self.file.close()
+            raise BadInput(f"{self.path}: another evaluation is writing it") from None
+        except BaseException:
+            self.file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def _read(self) -> None:
+        self.file.seek(0)
+        text = self.file.read()
+        whole, _, torn = text.rpartition("\n")
+        if torn:
+            self.file.truncate(len(text.encode()) - len(torn.encode()))
+        lines = whole.splitlines()
+        if len(lines) < 2:  # no episode yet that other settings could be mixed with
+            if lines:
+                self._parse(1, lines[0])
+            self.file.truncate(0)
+            self._append({"settings": self.settings})
+            return
+        for number, line in enumerate(lines, start=1):
+            row = self._parse(number, line)
+            if number == 1:
+                self._check(row["settings"])
+            else:
+                self.done[row["task_id"], row["trial"]] = row
+        self.runs = 1 + max((row["run"] for row in self.done.values()), default=-1)
+
+    def _parse(self, number: int, line: str) -> dict:
+        """A line as an object that has what every line needs."""
+        needed = {"settings"} if number == 1 else {"task_id", "trial", "run", "simulation"}
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{self.path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict) or not needed <= set(row) or not isinstance(row.get("settings", {}), dict):
+            raise BadInput(f"{self.path}, line {number}: not written by this program; choose another --output-path")
+        return row
+
+    def _check(self, there: dict) -> None:
+        other = [key for key in self.settings | there if self.settings.get(key) != there.get(key)]
+        if other:
+            differences = ", ".join(f"{key} {there.get(key)!r}, now {self.settings.get(key)!r}" for key in other)
+            raise BadInput(f"{self.path} was made with other settings ({differences}): choose another --output-path")
+
+    def add(self, row: dict) -> None:
+        self.done[row["task_id"], row["trial"]] = row
+        self._append(row)
+
+    def _append(self, value: dict) -> None:
+        self.file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The result
+
+
+def tau2_results(
+    rows: Sequence[dict], tasks: Sequence[Any], config: EpisodeConfig, agent: dict, num_trials: int, seed: int
+) -> dict[str, Any]:
+    """The keys of tau2's Results. agent: "implementation", "llm", "llm_args" of its AgentInfo.
+
+    With re-drawn ids only the simulations: tau2 itself does not know the databases that they belong to, and would
+    grade them wrongly where the other keys let it."""
+    simulations = [{**row["simulation"], "trial": row["trial"]} for row in rows]
+    if config.redraw_ids:
+        return {"simulations": simulations}
+    return {
+        "timestamp": max(simulation["end_time"] for simulation in simulations),
+        "info": results_header(config, agent, num_trials, seed),
+        "tasks": [task.model_dump(mode="json") for task in tasks],
+        "simulations": simulations,
+    }
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """A result that evaluate_tau2.py wrote. Raises BadInput for anything else."""
+    path = Path(path)
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON ({error})"[:300]) from None
+    missing = [key for key in OURS if key not in result] if isinstance(result, dict) else list(OURS)
+    if missing:
+        raise BadInput(f"{path}: not a result of evaluate_tau2.py (no {', '.join(missing)})")
+    if not result["results"] or len(result["results"]) != len(result["simulations"]):
+        raise BadInput(f"{path}: holds {len(result['results'])} results and {len(result['simulations'])} simulations")
+    return result
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Atomically: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
