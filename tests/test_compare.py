@@ -1,0 +1,191 @@
+"""compare, rescore and the result file: through the command line, and with tau2's own commands."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_generate import FakeModel, serving
+
+from evaluate_tau2 import main
+from openai_tool_adapter import load_chat_template
+from tau2_compare import labels
+from tau2_teacher import AlwaysTransfer, ScriptedTeacher
+
+pytestmark = pytest.mark.usefixtures("own_signal_handler")
+
+COUNT = ["--num-tasks", "12"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Results of the scripted agents on 12 tasks."""
+    folder = tmp_path_factory.mktemp("runs")
+    for agent in ("teacher", "always-transfer", "do-nothing"):
+        assert main(["--agent", agent, *COUNT, "--output-path", str(folder / f"{agent}.json")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory, tiny_model_dir):
+    """A model that solves some trials of a task and not others: 6 tasks x 4 trials, some of them truncated."""
+    agents = iter([ScriptedTeacher, AlwaysTransfer, ScriptedTeacher] * 100)
+    model = FakeModel(load_chat_template(str(tiny_model_dir)), lambda: next(agents)(), str(tiny_model_dir))
+    output = tmp_path_factory.mktemp("mixed") / "mixed.json"
+    flags = ["--checkpoint", tiny_model_dir, "--prompt", "short", "--num-tasks", 7, "--num-trials", 4]
+    flags += ["--temperature", 0.7, "--max-steps", 16, "--max-concurrency", 1, "--output-path", output]
+    with serving(model) as (_, port):
+        assert main([*map(str, flags), "--sglang-port", str(port)]) == 0
+    return output
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_compare_says_which_run_is_better_and_which_tasks_flipped(runs, capsys, tmp_path):
+    found = tmp_path / "c.json"
+    paths = [str(runs / f"{agent}.json") for agent in ("always-transfer", "teacher", "do-nothing")]
+    assert main(["compare", *paths, "--output-path", str(found)]) == 0
+    out, pairs = capsys.readouterr().out, read(found)["pairs"]
+    assert [pair["b"] for pair in pairs] == ["teacher", "do-nothing"] and pairs[1]["a"] == "always-transfer"
+    solved = read(paths[0])["successes"]
+    assert pairs[0]["pass_at_1"]["value"] == pytest.approx((12 - solved) / 12) and pairs[0]["pass_at_1"]["told_apart"]
+    assert len(pairs[0]["flips"]) == 12 - solved and pairs[0]["flips"][0]["task_id"] in out
+    assert "teacher solves more than always-transfer" in out
+
+
+def test_compare_says_when_the_data_cannot_tell(runs, tmp_path, capsys):
+    result = read(runs / "teacher.json")
+    result["results"][3] |= {"solved": False, "reward": 0.0, "partial_score": 0.5}
+    (tmp_path / "worse.json").write_text(json.dumps(result))
+    assert main(["compare", str(runs / "teacher.json"), str(tmp_path / "worse.json")]) == 0
+    out = capsys.readouterr().out
+    assert "cannot tell teacher and worse apart" in out and "would take some" in out
+    assert main(["compare", str(runs / "teacher.json"), str(runs / "teacher.json")]) == 0
+    assert "solve the same tasks" in capsys.readouterr().out
+
+
+def test_runs_of_other_customers_or_limits_are_refused_unless_told(runs, tmp_path, capsys):
+    other = str(tmp_path / "other.json")
+    assert main(["--agent", "teacher", *COUNT, "--max-steps", "150", "--prompt", "short", "--output-path", other]) == 0
+    both = ["compare", str(runs / "teacher.json"), other]
+    capsys.readouterr()
+    assert main(both) == 2
+    refused = capsys.readouterr().err
+    assert "max_steps 200 and 150" in refused and "prompt" in refused and "--anyway" in refused
+    assert main([*both, "--anyway"]) == 0
+    assert "DIFFERENT max_steps" in capsys.readouterr().out
+
+
+def test_only_common_episodes_are_paired(runs, tmp_path, capsys):
+    other = str(tmp_path / "few.json")
+    assert main(["--agent", "do-nothing", "--num-tasks", "4", "--output-path", other]) == 0
+    assert main(["compare", str(runs / "teacher.json"), other]) == 0
+    assert "4 tasks, 4 paired episodes" in capsys.readouterr().out
+    train = str(tmp_path / "train.json")
+    assert main(["--agent", "do-nothing", "--num-tasks", "2", "--task-split", "train", "--output-path", train]) == 0
+    assert main(["compare", str(runs / "teacher.json"), train]) == 2
+    assert "no task and trial in common" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"results": []}', "null", "[" * 100_000])
+@pytest.mark.parametrize("command", [["compare"], ["rescore"]])
+def test_what_is_no_result_is_refused_in_one_line(runs, tmp_path, capsys, content, command):
+    (tmp_path / "x.json").write_text(content)
+    paths = [str(tmp_path / "x.json"), str(runs / "teacher.json")][: 1 + (command == ["compare"])]
+    assert main([*command, *paths]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "x.json" in error and len(error.splitlines()) == 1
+    assert main([*command, str(tmp_path / "nowhere.json"), *paths[1:]]) == 2
+
+
+def test_labels_are_as_short_as_they_can_be():
+    assert labels(["a/eval_sft.json", "a/eval_grpo.json"]) == ["eval_sft", "eval_grpo"]
+    assert labels(["a/eval.json", "b/eval.json"]) == ["a/eval", "b/eval"]
+    assert labels(["a/eval.json", "a/eval.json"]) == ["a/eval.json (1)", "a/eval.json (2)"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_rescoring_gives_the_same_numbers_without_a_model(mixed, tmp_path, capsys):
+    again = tmp_path / "again.json"
+    assert main(["rescore", str(mixed), "--output-path", str(again)]) == 0
+    assert "0 of 28 episodes have other checks" in capsys.readouterr().out
+    old, new = read(mixed), read(again)
+    assert new == old and "max_steps" in old["end_reasons"]
+
+
+def test_rescoring_mends_rewards_that_were_tampered_with(mixed, tmp_path, capsys):
+    result = read(mixed)
+    honest = result["pass_at_1"]
+    for row in result["results"]:
+        row |= {"reward": 1.0, "solved": True, "checks": {}}
+    result["pass_at_1"] = 1.0
+    (tmp_path / "x.json").write_text(json.dumps(result))
+    again = tmp_path / "again.json"
+    assert main(["rescore", str(tmp_path / "x.json"), "--output-path", str(again)]) == 0
+    assert read(again)["pass_at_1"] == honest < 1 and "28 of 28" in capsys.readouterr().out
+
+
+def test_rescoring_redrawn_ids(tmp_path, capsys):
+    output = tmp_path / "redrawn.json"
+    flags = ["--agent", "teacher", "--redraw-ids", "--num-tasks", "4", "--num-trials", "2"]
+    assert main([*flags, "--output-path", str(output)]) == 0
+    assert "tasks" not in read(output), "tau2 itself would grade re-drawn ids wrongly"
+    assert main(["rescore", str(output)]) == 0
+    assert "0 of 8 episodes have other checks" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tau2's own commands
+
+
+def tau2(*words, answers=""):
+    script = "import sys; from tau2.cli import main; sys.exit(main())"
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "COLUMNS": "200"}
+    command = [sys.executable, "-c", script, *map(str, words)]
+    return subprocess.run(command, input=answers, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_tau2_grades_the_file_to_the_same_rewards(mixed, tmp_path):
+    done = tau2("evaluate-trajs", mixed, "-o", tmp_path)
+    assert done.returncode == 0 and "All files processed successfully" in done.stdout, done.stdout + done.stderr
+    ours, theirs = read(mixed)["results"], read(tmp_path / "updated_mixed.json")["simulations"]
+    rewards = {(run["task_id"], run["trial"]): run["reward_info"]["reward"] for run in theirs}
+    assert rewards == {(row["task_id"], row["trial"]): row["reward"] for row in ours}
+    assert 0 < sum(rewards.values()) < len(rewards)
+
+
+def test_tau2s_metrics_are_ours(mixed):
+    from tau2.data_model.simulation import Results
+    from tau2.metrics.agent_metrics import compute_metrics
+
+    theirs, ours = compute_metrics(Results.load(mixed)), read(mixed)
+    for k, value in theirs.pass_hat_ks.items():
+        assert ours["metrics"]["pass_hat_k"][str(k)]["value"] == pytest.approx(value, abs=1e-6)
+    assert len(theirs.pass_hat_ks) == 4 and 0 < theirs.pass_hat_ks[4] < theirs.pass_hat_ks[1]
+    assert ours["avg_reward"] == pytest.approx(theirs.avg_reward)
+
+
+def test_tau2_view_shows_the_file(mixed):
+    done = tau2("view", "--file", mixed, answers="1\n1\n2\n3\n1\n\n5\n")
+    assert "Loaded 28 simulations from mixed.json" in done.stdout, done.stdout + done.stderr
+    assert re.search(r"Average Reward: 0\.\d+", done.stdout) and "Trial: 3" in done.stdout
+    assert "Hi! How can I help you today?" in done.stdout and "Thanks for using" in done.stdout
+
+
+def test_the_leaderboard_accepts_a_base_split_of_four_trials(tmp_path):
+    output = tmp_path / "base.json"
+    flags = ["--agent", "always-transfer", "--task-split", "base", "--num-trials", "4"]
+    assert main([*flags, "--output-path", str(output)]) == 0
+    done = tau2("submit", "verify-trajs", output)
+    assert done.returncode == 0 and "All files passed all checks" in done.stdout, done.stdout
+    assert read(output)["floor_always_transfer"] == read(output)["pass_at_1"]
