@@ -198,6 +198,13 @@ def test_texts_of_other_forms(message, text):
     assert read_message({"tool_calls": [], **message}, TOOLS).turn.content == text
 
 
+async def test_half_a_surrogate_pair_can_be_written(provider, base):
+    misbehave(provider, choice("Please \ud83d help", call("\udc00", "{}"), finish="stop"), 1, 2)
+    episode, _ = await play(base)
+    assert episode.reward == 1.0
+    json.dumps([episode.messages, episode.simulation.model_dump(mode="json")], ensure_ascii=False).encode()
+
+
 # -- how it ends -----------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +264,13 @@ async def test_an_answer_that_is_no_json_is_not_taken_for_a_turn(provider, base)
     misbehave(provider, "html")
     episode, _ = await play(base)
     assert episode.end_reason is EndReason.GENERATION_FAILED and "not JSON" in episode.detail
+
+
+async def test_an_answer_without_an_end_is_given_up(provider, base, monkeypatch):
+    monkeypatch.setattr(http_client, "LARGEST_ANSWER", 5000)
+    misbehave(provider, choice("x" * 10_000))
+    episode, _ = await play(base)
+    assert episode.end_reason is EndReason.GENERATION_FAILED and "larger" in episode.detail
 
 
 async def test_no_server_at_all(unused_tcp_port):

@@ -81,7 +81,7 @@ def _read_completion(answer: Any) -> dict:
     """The one choice of a completion, in the form that the rest relies on. Raises UnusableAnswer."""
     try:
         choice = answer["choices"][0]
-        message = dict(choice["message"])
+        message = json.loads(_whole_characters(json.dumps(dict(choice["message"]), ensure_ascii=False)))
         message["tool_calls"] = [dict(call) for call in message.get("tool_calls") or []]
         return {
             "message": message,
@@ -90,6 +90,11 @@ def _read_completion(answer: Any) -> dict:
         }
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise UnusableAnswer(f"the answer is no chat completion: {json.dumps(answer)[:1000]}") from None
+
+
+def _whole_characters(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can hold and a file cannot."""
+    return text.encode(errors="replace").decode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

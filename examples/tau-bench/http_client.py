@@ -28,6 +28,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before another attempt; doubled 
 CONNECT_SECONDS = 10
 RETRIED_STATUSES = (408, 409, 425, 429)  # beside 5xx
 QUOTED = 400  # characters of an error's text
+LARGEST_ANSWER = 64 * 2**20  # bytes; 100,000 tokens with log-probs take 5 MB
 
 
 class RequestFailed(Exception):
@@ -124,7 +125,7 @@ async def _post_once(url: str, payload: dict, headers: dict | None, timeout: flo
     limits = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_SECONDS)
     request = _session().post(url, json=payload, headers=headers, timeout=limits, allow_redirects=False)
     async with request as response:
-        body = await response.text(errors="replace")
+        body = (await _read_body(response, url)).decode(errors="replace")
     status, begin = response.status, body[: 10 * QUOTED]
     if status in RETRIED_STATUSES or status >= 500:
         raise _Again(f"HTTP {status}: {begin}", status, response.headers.get("Retry-After", ""))
@@ -132,8 +133,19 @@ async def _post_once(url: str, payload: dict, headers: dict | None, timeout: flo
         raise RequestFailed(f"{url}: HTTP {status}: {begin}", status)
     try:
         return json.loads(body)
-    except (json.JSONDecodeError, RecursionError):
-        raise RequestFailed(f"{url}: the answer is not JSON: {begin}", status) from None
+    except (ValueError, RecursionError):
+        raise RequestFailed(f"{url}: the answer is not JSON: {begin!r}", status) from None
+
+
+async def _read_body(response: aiohttp.ClientResponse, url: str) -> bytes:
+    """The whole body, or RequestFailed when it never ends."""
+    parts, size = [], 0
+    async for part in response.content.iter_chunked(2**16):
+        parts.append(part)
+        size += len(part)
+        if size > LARGEST_ANSWER:
+            raise RequestFailed(f"{url}: the answer is larger than {LARGEST_ANSWER // 2**20} MB", response.status)
+    return b"".join(parts)
 
 
 def _name(error: Exception) -> str:
