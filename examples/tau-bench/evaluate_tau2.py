@@ -29,7 +29,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -272,8 +272,8 @@ def run_owed(args: argparse.Namespace, config: EpisodeConfig, owed: list, rows: 
             preflight()
         bar = stack.enter_context(Progress(len(owed)))
 
-        def finished(row: dict) -> None:
-            rows.add({**row, "run": rows.runs, "minutes": round((time.monotonic() - began) / 60, 3)})
+        async def finished(row: dict) -> None:
+            await rows.add({**row, "run": rows.runs, "minutes": round((time.monotonic() - began) / 60, 3)})
             bar.advance(row["solved"])
 
         failures = asyncio.run(run_all(args, config, owed, make_agent, alive, finished))
@@ -306,27 +306,41 @@ async def run_all(
     owed: list,
     make_agent: Callable[[str, int], Any],
     alive: Callable[[], bool],
-    finished: Callable[[dict], None],
+    finished: Callable[[dict], Awaitable[None]],
 ) -> list[Failure]:
     limit = asyncio.Semaphore(args.max_concurrency)
 
     async def one(task: Any, trial: int) -> Failure | None:
         async with limit:
+            await asyncio.sleep(0)  # one begins at a time: those that have begun reach the server meanwhile
             for _ in range(TRIES):
                 agent = make_agent(task.id, trial)
                 episode = await run_episode(task, agent, config, seed=args.seed + trial)
                 if not episode.end_reason.is_infrastructure:
-                    finished(episode_row(episode, agent, trial))
+                    await finished(episode_row(episode, agent, trial))
                     return None
                 if not alive():
                     break
             return Failure(task.id, trial, f"{episode.end_reason.value}: {episode.detail}")
 
     try:
-        done = await asyncio.gather(*(one(task, trial) for task, trial in owed))
+        done = await asyncio.gather(*(one(task, trial) for task, trial in longest_first(owed)))
     finally:
         await close_session()
     return [failure for failure in done if failure]
+
+
+def longest_first(owed: list) -> list:
+    """The episodes in the order in which they begin: a long one that begins last is waited for alone.
+
+    The gold actions tell the length, those of the agent first: each takes a turn of its own."""
+
+    def length(item: tuple[Any, int]) -> tuple[int, int]:
+        criteria = item[0].evaluation_criteria
+        actions = (criteria.actions if criteria else None) or []
+        return sum(action.requestor == "assistant" for action in actions), len(actions)
+
+    return sorted(owed, key=length, reverse=True)
 
 
 def episode_row(episode: Episode, agent: Any, trial: int) -> dict[str, Any]:

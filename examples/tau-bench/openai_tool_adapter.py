@@ -21,6 +21,7 @@ from tau2_episode import AgentToolCall, AgentTurn, BadInput
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 INVALID_CALL = "invalid_tool_call"
+LONG_TEXT = 1000  # characters; a longer text is mostly the system prompt, the same in every episode
 MAX_QUOTED = 400  # characters of a broken call that are kept in the record
 
 
@@ -205,6 +206,8 @@ class ChatTemplate:
         self._plain = _without_added_tokens(tokenizer)
         self._mark = f"TEXT{secrets.token_hex(8)}N"
         self._following_text = lru_cache(maxsize=512)(self._render_following)
+        self._prompt_text = lru_cache(maxsize=8)(self._render_prompt)
+        self._long_text_ids = lru_cache(maxsize=8)(self._plain_ids)
         self.end_text = self._find_end_of_turn()
         self.end_id = self._controls[self.end_text]
         self._self_check()
@@ -217,7 +220,8 @@ class ChatTemplate:
     def prompt(self, messages: Sequence[dict], tools: Sequence[dict]) -> list[int]:
         """Ids of `messages` (system first) with the tool list and the generation prompt."""
         marked, contents = self._mark_contents(messages)
-        return self._encode(self._render(marked, tools), contents)
+        # Of a start, only the marked texts differ between episodes.
+        return self._encode(self._prompt_text(json.dumps(marked), json.dumps(tools)), contents)
 
     def following(self, messages: Sequence[dict]) -> list[int]:
         """Ids that follow the model's end token when `messages` (user or tool) arrive, with the generation prompt."""
@@ -238,6 +242,9 @@ class ChatTemplate:
         return self.tokenizer.apply_chat_template(
             list(messages), tools=tools or None, add_generation_prompt=generate, tokenize=False, **self._kwargs
         )
+
+    def _render_prompt(self, messages: str, tools: str) -> str:
+        return self._render(json.loads(messages), json.loads(tools))
 
     def _mark_contents(self, messages: Sequence[dict]) -> tuple[list[dict], list[str]]:
         """Replace customer and tool text by marks; outer white space stays, because some templates trim it."""
@@ -275,7 +282,8 @@ class ChatTemplate:
 
         def flush() -> None:
             if plain:
-                ids.extend(self._plain.encode("".join(plain), add_special_tokens=False).ids)
+                text = "".join(plain)
+                ids.extend(self._long_text_ids(text) if len(text) > LONG_TEXT else self._plain_ids(text))
                 plain.clear()
 
         for index, piece in enumerate(re.split(f"{self._mark}(\\d+)X", rendered)):
@@ -291,6 +299,9 @@ class ChatTemplate:
             plain.append(piece[start:])
         flush()
         return ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
 
     def _self_check(self) -> None:
         """On a fixed conversation both methods must give the ids of a full render."""
