@@ -437,15 +437,8 @@ def _text(value: Any) -> str:
 
 
 def comparison(runs: list[Run]) -> dict[str, Any] | None:
-<<<<<<< HEAD
-    """{"pairs": as tau2_compare gives them, "refused": [text]}: each run with the one before it, and the
-    last with the first.
-
-    None for one run. Runs of different customers or prompts are compared too; the page says what differs."""
-=======
     """Each run with the one before it, and the last with the first: {"pairs": as tau2_compare gives them, "refused":
     [text]}; None for one run. Runs of different customers or prompts are compared too: the page says what differs."""
->>>>>>> w-report
     neighbours = list(itertools.pairwise(runs))
     found = {"pairs": [], "refused": []}
     for a, b in [*neighbours, *([(runs[0], runs[-1])] if len(runs) > 2 else [])]:
