@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import report_inputs as inputs
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tau2_charts
@@ -339,6 +339,7 @@ def test_hostile_text_stays_text(hostile_report, report, runs):
 
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=3, unique=True))
+@example(["if", "a\x00b", "\ud800", "\u2028", "00\x1f\x1f" + 3 * "\U00010000"])
 def test_any_names_can_be_drawn_and_stay_text(names):
     bars = [
         {"group": n, "run": n, "series": i, "value": 0.5, "low": 0, "high": 1, "text": n} for i, n in enumerate(names)
@@ -346,7 +347,10 @@ def test_any_names_can_be_drawn_and_stay_text(names):
     points = [{"x": 1, "y": 1, "name": n, "series": i, "dash": i, "text": n} for i, n in enumerate(names)]
     for svg in (tau2_charts.bars(bars, "x"), tau2_charts.rows(bars, "x"), tau2_charts.lines(points, "x")):
         elements = Elements(svg)
-        assert set(elements.names) <= {"svg", "g", "path", "line", "text"} and ElementTree.fromstring(svg) is not None
+        assert (
+            set(elements.names) <= {"svg", "g", "path", "line", "text", "tspan"}
+            and ElementTree.fromstring(svg) is not None
+        )
         assert not [name for _, name, _ in elements.attributes if name.startswith("on") or name in ("style", "href")]
 
 

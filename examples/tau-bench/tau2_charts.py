@@ -65,7 +65,7 @@ def bars(values: list[dict[str, Any]], title: str) -> str:
         "axis": _two_lines(),
         "scale": {"paddingInner": 0.25},
     }
-    offset = {"field": "run", "type": "nominal", "sort": None}
+    offset = {"field": "series", "type": "ordinal"}
     return _draw(
         values,
         {"x": x, "xOffset": offset, "description": {"field": "text"}},
@@ -83,7 +83,7 @@ def bars(values: list[dict[str, Any]], title: str) -> str:
 def rows(values: list[dict[str, Any]], title: str) -> str:
     """The same without intervals, lying: for groups with long names."""
     y = {"field": "group", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 130, "ticks": False}}
-    offset = {"field": "run", "type": "nominal", "sort": None}
+    offset = {"field": "series", "type": "ordinal"}
     encoding = {"x": _share("value", title), "color": _series(values), "description": {"field": "text"}}
     layer = {"mark": {"type": "bar", "cornerRadiusEnd": 2}, "encoding": {"y": y, "yOffset": offset, **encoding}}
     step = max(ROW_HEIGHT, LEAST_GROUP / len({value["run"] for value in values}))
@@ -177,6 +177,7 @@ def _interval() -> dict[str, Any]:
 
 
 def _series(values: list[dict]) -> dict[str, Any]:
-    found = {value["run"]: color(value["series"]) for value in values}
-    scale = {"domain": list(found), "range": list(found.values())}
-    return {"field": "run", "type": "nominal", "scale": scale, "legend": None}
+    """The runs' colours, by number: a scale's domain ends up in Vega's expressions, where a name like "if" breaks."""
+    found = sorted({value["series"] for value in values})
+    scale = {"domain": found, "range": [color(series) for series in found]}
+    return {"field": "series", "type": "ordinal", "scale": scale, "legend": None}
