@@ -18,6 +18,7 @@ from tau2_teacher import AlwaysTransfer, ScriptedTeacher
 pytestmark = pytest.mark.usefixtures("own_signal_handler")
 
 COUNT = ["--num-tasks", "12"]
+LISTS = json.dumps(dict.fromkeys("results simulations num_trials prompt customer agent".split(), 3))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_only_common_episodes_are_paired(runs, tmp_path, capsys):
     assert "no task and trial in common" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"results": []}', "null", "[" * 100_000])
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"results": []}', LISTS, "null", "[" * 100_000])
 @pytest.mark.parametrize("command", [["compare"], ["rescore"]])
 def test_what_is_no_result_is_refused_in_one_line(runs, tmp_path, capsys, content, command):
     (tmp_path / "x.json").write_text(content)

@@ -146,6 +146,8 @@ def read_result(path: str | Path) -> dict[str, Any]:
     missing = [key for key in OURS if key not in result] if isinstance(result, dict) else list(OURS)
     if missing:
         raise BadInput(f"{path}: not a result of evaluate_tau2.py (no {', '.join(missing)})")
+    if not (isinstance(result["results"], list) and isinstance(result["simulations"], list)):
+        raise BadInput(f"{path}: not a result of evaluate_tau2.py (results and simulations are no lists)")
     if not result["results"] or len(result["results"]) != len(result["simulations"]):
         raise BadInput(f"{path}: holds {len(result['results'])} results and {len(result['simulations'])} simulations")
     return result
