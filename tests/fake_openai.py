@@ -1,7 +1,8 @@
-"""A stand-in for the provider of the customer's model, at the outer edge: `/chat/completions`, misbehaving on demand.
+"""A stand-in for a provider of models, at the outer edge: `/chat/completions`, misbehaving on demand.
 
-When it behaves it plays a sensible customer: for each request it reads the dialogue anew, from its start, and says
-what the scripted customer would say next. A history that is not what it has said itself is a broken one.
+When it behaves it plays a sensible customer (FakeProvider) or agent (FakeAgent): for each request it reads the
+dialogue anew, from its start, and says what the scripted customer or teacher would say next. A history that is not
+what it has said itself is a broken one.
 """
 
 import asyncio
@@ -14,6 +15,8 @@ from typing import Any
 from aiohttp import web
 from fake_generate import serving_app
 
+from tau2_episode import AgentTurn
+from tau2_teacher import ScriptedTeacher
 from tau2_users import ScriptedCustomer
 
 
@@ -59,7 +62,7 @@ class FakeProvider:
             return web.Response()
         if how == "html":
             return web.Response(text="<html>Welcome</html>", content_type="text/html")
-        return web.json_response(self._completion(body, how))
+        return web.json_response(await self._completion(body, how))
 
     async def _trickle(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
@@ -69,7 +72,7 @@ class FakeProvider:
             await asyncio.sleep(0.05)
         return response
 
-    def _completion(self, body: dict, how: str | None) -> dict:
+    async def _completion(self, body: dict, how: str | None) -> dict:
         message: dict[str, Any] = {"role": "assistant", "content": {"empty": None, "blank": " \n"}.get(how)}
         if how in ("broken", "list"):
             arguments = '{"mode": ' if how == "broken" else "[1]"
@@ -107,6 +110,70 @@ class FakeProvider:
         usage = {"promptTokenCount": 3, "candidatesTokenCount": 1, "totalTokenCount": 4}
         candidate = {"content": content, "finishReason": "STOP", "index": 0}
         return web.json_response({"candidates": [candidate], "usageMetadata": usage})
+
+
+class FakeAgent(FakeProvider):
+    """A provider whose model is the scripted teacher. `behave` may also return the choice to answer with, or a
+    (status, error text).
+
+    What it has not said itself is kept in `odd_turns`, and the teacher says its turn again."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.calls_the_probe, self.reads_tools = True, True
+        self.odd_turns: list[dict] = []
+
+    async def _respond(self, request: web.Request, body: dict, how: Any) -> web.StreamResponse:
+        if isinstance(how, tuple):
+            return web.json_response({"error": {"message": how[1]}}, status=how[0])
+        return await super()._respond(request, body, how)
+
+    async def _completion(self, body: dict, how: Any) -> dict:
+        if isinstance(how, str):
+            return await super()._completion(body, how)
+        choice = how or {"finish_reason": "stop", "message": {"role": "assistant", **await self._says(body)}}
+        read = len(json.dumps([body["messages"], body.get("tools") if self.reads_tools else None])) // 4
+        usage = {"prompt_tokens": read, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": read // 2}}
+        return {"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage}
+
+    async def _says(self, body: dict) -> dict:
+        messages = body["messages"]
+        if messages[0]["role"] != "system":  # the preflight
+            calls = self.calls_the_probe and self.reads_tools and body.get("tools")
+            return (
+                {"content": None, "tool_calls": [_tool_call("p", "check_status_bar", "{}")]}
+                if calls
+                else {"content": "OK"}
+            )
+        self._check_history(messages)
+        teacher, said = ScriptedTeacher(), None
+        for message in messages[2:]:
+            if message["role"] == "assistant":
+                self.odd_turns += [] if _same(message, said) else [message]
+                said = None if _same(message, said) else said
+            elif said is None:
+                said = _as_message(await teacher.act([message]), len(messages))
+        return said
+
+    def _check_history(self, messages: list[dict]) -> None:
+        """What strict servers insist on: ids that match, arguments that are objects, no empty turn."""
+        asked: list[str] = []
+        for message in messages:
+            if message["role"] == "tool":
+                assert message["tool_call_id"] == asked.pop(0)
+                continue
+            assert not asked
+            calls = message.get("tool_calls") or []
+            assert calls or message["content"]
+            assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in calls)
+            asked = [call["id"] for call in calls]
+            assert len(set(asked)) == len(asked)
+        assert not asked
+
+
+def _as_message(turn: AgentTurn, number: int) -> dict:
+    calls = [_tool_call(f"own-{number}", call.name, json.dumps(call.arguments)) for call in turn.tool_calls]
+    return {"content": turn.content, **({"tool_calls": calls} if calls else {})}
 
 
 def _heard(messages: list[dict]) -> SimpleNamespace:

@@ -133,7 +133,7 @@ async def test_the_server_says_when_to_come_back(provider, base):
 async def test_a_step_that_was_given_up_changes_nothing_when_it_ends_after_all(provider, base):
     misbehave(provider, None)
     config = config_for(base)
-    customer = make_customer(config.user, config.user_args, TASK, None, seed=0)
+    customer = make_customer(config.user, config.user_args, TASK, lambda: None, seed=0)
     from tau2.data_model.message import AssistantMessage
 
     late = customer._step(AssistantMessage(role="assistant", content="Hi! How can I help you today?"))

@@ -30,16 +30,16 @@ import signal
 import statistics
 import sys
 import time
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from generate_with_tau import TURN_TOKENS, TokenAgent, TokenLimits, close_session, model_context
+import chat_agent
+from generate_with_tau import TURN_TOKENS, TokenAgent, TokenLimits, close_session, model_context, sampling_seed
 from model_server import Server, check_checkpoint, fingerprint, running_server, weights_changed
 from openai_tool_adapter import ChatTemplate, load_chat_template
 from tau2_episode import (
@@ -82,7 +82,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--served-as", metavar="NAME", help="what that server calls the checkpoint, where it is not its folder")
     add("--domain", default="telecom")
     add("--task-split", "--task-split-name", default="test")
-    add("--agent", choices=[CHECKPOINT, *AGENTS], default=CHECKPOINT)
+    add("--agent", choices=[CHECKPOINT, chat_agent.CHAT, *AGENTS], default=CHECKPOINT)
+    chat_agent.add_flags(parser, _json_object)
     add(
         "--prompt",
         choices=PROMPTS,
@@ -219,6 +220,8 @@ def check_args(args: argparse.Namespace) -> None:
         if not args.checkpoint:
             raise BadInput(f"--agent {CHECKPOINT} needs --checkpoint DIR")
         check_checkpoint(Path(args.checkpoint))
+    if args.agent == chat_agent.CHAT:
+        chat_agent.make_endpoint(args)
     if not os.path.isdir(Path(args.output_path).parent):
         raise BadInput(f"--output-path {args.output_path}: no folder {Path(args.output_path).parent}")
 
@@ -251,8 +254,14 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What two rows must share to be counted together."""
     names = "domain task_split agent prompt user user_args seed max_steps max_errors temperature max_turn_tokens"
     chosen = {name: getattr(args, name) for name in (*names.split(), "max_context_len", "redraw_ids")}
-    model = fingerprint(Path(args.checkpoint)) if args.agent == CHECKPOINT else None
-    return {**chosen, "model": model, "tau2": tau2_version(), "format": ROWS_FORMAT}
+    return {**chosen, "model": model_identity(args), "tau2": tau2_version(), "format": ROWS_FORMAT}
+
+
+def model_identity(args: argparse.Namespace) -> str | dict | None:
+    """What tells the agent's model from another; None for an agent without one."""
+    if args.agent == chat_agent.CHAT:
+        return chat_agent.identity(args)
+    return fingerprint(Path(args.checkpoint)) if args.agent == CHECKPOINT else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,16 +279,19 @@ def run_owed(args: argparse.Namespace, config: EpisodeConfig, owed: list, rows: 
     """Run the owed episodes and add their rows. Gives those that stayed broken."""
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        make_agent, alive, changed = _scripted(args), lambda: True, lambda: None
+        make_agent, alive, changed = _scripted(args), lambda: True, None
         if args.agent == CHECKPOINT:
             template = load_chat_template(args.checkpoint)
             server = stack.enter_context(running_server(args))
             make_agent, alive = token_agents(args, template, server), server.alive
             changed = functools.partial(weights_changed, server, args.checkpoint, rows.settings["model"])
+        if args.agent == chat_agent.CHAT:
+            make_agent, preflight = chat_agent.make_chat_agents(args)
+            preflight()
         bar = stack.enter_context(Progress(len(owed)))
 
-        def finished(row: dict) -> None:
-            rows.add({**row, "run": rows.runs, "minutes": round((time.monotonic() - began) / 60, 3)})
+        async def finished(row: dict) -> None:
+            await rows.add({**row, "run": rows.runs, "minutes": round((time.monotonic() - began) / 60, 3)})
             bar.advance(row["solved"])
 
         failures = asyncio.run(run_all(args, config, owed, make_agent, alive, changed, finished))
@@ -299,8 +311,8 @@ def token_agents(args: argparse.Namespace, template: ChatTemplate, server: Serve
     params = {"temperature": args.temperature, "skip_special_tokens": False, "no_stop_trim": True}
 
     def make(task_id: str, trial: int) -> TokenAgent:
-        seed = zlib.crc32(f"{args.seed}:{trial}:{task_id}".encode()) & 0x3FFFFFFF
-        own = {**params, "sampling_seed": seed} if args.temperature > 0 else params
+        seed = {"sampling_seed": sampling_seed(args.seed, task_id, trial)} if args.temperature > 0 else {}
+        own = {**params, **seed}
         version = server.model_info.get("weight_version")
         return TokenAgent(template, f"{server.url}/generate", own, limits, weight_version=version)
 
@@ -313,8 +325,8 @@ async def run_all(
     owed: list,
     make_agent: Callable[[str, int], Any],
     alive: Callable[[], bool],
-    changed: Callable[[], str | None],
-    finished: Callable[[dict], None],
+    changed: Callable[[], str | None] | None,
+    finished: Callable[[dict], Awaitable[None]],
 ) -> list[Failure]:
     """Those that stayed broken. Nothing is recorded once `changed` says that other weights are answering."""
     limit = asyncio.Semaphore(args.max_concurrency)
@@ -322,26 +334,40 @@ async def run_all(
 
     async def one(task: Any, trial: int) -> Failure | None:
         async with limit:
+            await asyncio.sleep(0)  # one begins at a time: those that have begun reach the server meanwhile
             for _ in range(TRIES):
                 if wrong:
                     return Failure(task.id, trial, wrong[0])
                 agent = make_agent(task.id, trial)
                 episode = await run_episode(task, agent, config, seed=args.seed + trial)
-                if problem := await asyncio.to_thread(changed):
+                if problem := changed and await asyncio.to_thread(changed):
                     wrong.append(problem)
                     continue
                 if not episode.end_reason.is_infrastructure:
-                    finished(episode_row(episode, agent, trial))
+                    await finished(episode_row(episode, agent, trial))
                     return None
                 if not alive():
                     break
             return Failure(task.id, trial, wrong[0] if wrong else f"{episode.end_reason.value}: {episode.detail}")
 
     try:
-        done = await asyncio.gather(*(one(task, trial) for task, trial in owed))
+        done = await asyncio.gather(*(one(task, trial) for task, trial in longest_first(owed)))
     finally:
         await close_session()
     return [failure for failure in done if failure]
+
+
+def longest_first(owed: list) -> list:
+    """The episodes in the order in which they begin: a long one that begins last is waited for alone.
+
+    The gold actions tell the length, those of the agent first: each takes a turn of its own."""
+
+    def length(item: tuple[Any, int]) -> tuple[int, int]:
+        criteria = item[0].evaluation_criteria
+        actions = (criteria.actions if criteria else None) or []
+        return sum(action.requestor == "assistant" for action in actions), len(actions)
+
+    return sorted(owed, key=length, reverse=True)
 
 
 def episode_row(episode: Episode, agent: Any, trial: int) -> dict[str, Any]:
@@ -350,7 +376,7 @@ def episode_row(episode: Episode, agent: Any, trial: int) -> dict[str, Any]:
         **episode_to_row(episode),
         "trial": trial,
         **graded(episode.reward, episode.checks),
-        "tokens": agent.usage() if isinstance(agent, TokenAgent) else {},
+        "tokens": agent.usage() if hasattr(agent, "usage") else {},
         "asides": getattr(agent, "asides", 0),
         "simulation": episode.simulation.model_dump(mode="json"),
     }
@@ -387,6 +413,7 @@ def about(args: argparse.Namespace, customer: dict) -> dict[str, Any]:
     return {
         "checkpoint": args.checkpoint if args.agent == CHECKPOINT else None,
         **{name: getattr(args, name) for name in (*names.split(), "redraw_ids")},
+        "agent_llm": args.agent_llm,
         "seeds": [args.seed + trial for trial in range(args.num_trials)],
         "customer": customer,
         "settings": json.loads(json.dumps(settings(args))),
@@ -395,13 +422,11 @@ def about(args: argparse.Namespace, customer: dict) -> dict[str, Any]:
 
 def agent_info(args: argparse.Namespace) -> dict[str, Any]:
     """The agent in tau2's terms."""
-    if args.agent != CHECKPOINT:
+    model = {CHECKPOINT: args.checkpoint, chat_agent.CHAT: args.agent_llm}.get(args.agent)
+    if model is None:
         return {"implementation": args.agent}
-    return {
-        "implementation": args.agent,
-        "llm": args.checkpoint,
-        "llm_args": {"temperature": args.temperature, "max_tokens": args.max_turn_tokens},
-    }
+    llm_args = {"temperature": args.temperature, "max_tokens": args.max_turn_tokens, **args.agent_llm_args}
+    return {"implementation": args.agent, "llm": model, "llm_args": llm_args}
 
 
 def numbers(rows: list[dict], floor: float | None) -> dict[str, Any]:
@@ -523,7 +548,7 @@ def print_report(summary: dict, path: str) -> None:
     trials = f" x {summary['num_trials']} trials" if summary["num_trials"] > 1 else ""
     kinds = summary["by_issue_type"].items()
     lines = [
-        ("agent", summary["checkpoint"] or summary["agent"]),
+        ("agent", summary["checkpoint"] or summary.get("agent_llm") or summary["agent"]),
         ("tasks", f"{summary['domain']} {summary['task_split']}, {summary['total_tasks']} tasks{trials}"),
         ("customer, prompt", f"{customer}, {summary['prompt']} prompt, seed {summary['seed']}"),
         (

@@ -24,23 +24,20 @@ truncated, with reward 0 and its partial score.
 
 from __future__ import annotations
 
-import asyncio
-import atexit
-import contextlib
 import json
 import logging
 import math
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
+from http_client import RequestFailed, close_session, post_json  # noqa: F401 (for who imports this)
 from openai_tool_adapter import ChatTemplate, load_chat_template, parse_turn
 from tau2_episode import (
     AgentTurn,
@@ -62,7 +59,6 @@ ATTEMPTS = 3
 FIRST_WAIT = 0.5  # seconds, doubled after each failed attempt
 TURN_TOKENS = 1024
 GENERATE_TIMEOUT = 900.0
-LARGEST_ANSWER = 64 * 2**20  # bytes; 100,000 tokens with log-probs take 5 MB
 LARGEST_LOG_PROB = 1e-3  # rounding of 0
 SETTINGS = [
     f"tau2_{name}"
@@ -82,90 +78,23 @@ class GenerationError(Exception):
     """The server could not answer; the message says what it said."""
 
 
-_sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
-
-
-def _session() -> aiohttp.ClientSession:
-    """One session per event loop; connections are not limited here, the engine queues."""
-    loop = asyncio.get_running_loop()
-    session = _sessions.get(loop)
-    if session is None or session.closed:
-        for gone in [other for other in _sessions if other.is_closed()]:
-            del _sessions[gone]
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
-        session = _sessions[loop] = aiohttp.ClientSession(connector=connector, trust_env=False)
-    return session
-
-
-async def close_session() -> None:
-    """Close this event loop's session. Call it before a loop ends that made calls."""
-    session = _sessions.pop(asyncio.get_running_loop(), None)
-    if session is not None:
-        await session.close()
-
-
-@atexit.register
-def _close_sessions() -> None:
-    """Of hosts whose loop runs until the process ends (slime's does)."""
-    for loop, session in _sessions.items():
-        if loop.is_running():
-            with contextlib.suppress(Exception):  # nobody is left to tell
-                asyncio.run_coroutine_threadsafe(session.close(), loop).result(timeout=2)
-
-
 async def post_generate(
     url: str, payload: dict, headers: dict | None = None, timeout: float = GENERATE_TIMEOUT
 ) -> dict:
     """POST to /generate. Raises GenerationError.
 
-    Connection errors, time-outs, 429 and 5xx are tried three times in all; any other error status is final (slime's
-    own client repeats a 400 sixty times).
+    What another attempt can mend is tried three times in all; any other error status is final (slime's own client
+    repeats a 400 sixty times).
     """
-    wait = FIRST_WAIT
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return await _post_once(url, payload, headers, timeout)
-        except (aiohttp.ClientError, TimeoutError, OSError, _Again) as error:
-            problem = f"{url}: {_name(error)}{error}".rstrip()
-            if attempt == ATTEMPTS:
-                raise GenerationError(f"{problem} ({ATTEMPTS} attempts)") from error
-            logger.warning("%s; trying again in %.1f s", problem, wait)
-            await asyncio.sleep(wait)
-            wait *= 2
-    raise AssertionError("unreachable")
-
-
-class _Again(Exception):
-    """An answer that a second attempt may mend."""
-
-
-def _name(error: Exception) -> str:
-    return "" if isinstance(error, _Again) else f"{type(error).__name__} "
-
-
-async def _post_once(url: str, payload: dict, headers: dict | None, timeout: float) -> dict:
-    limits = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
-    async with _session().post(url, json=payload, headers=headers, timeout=limits) as response:
-        body = (await _read_body(response, url)).decode(errors="replace")
-    if response.status in (408, 429) or response.status >= 500:
-        raise _Again(f"HTTP {response.status}: {body[:300]}")
-    if response.status != 200:
-        raise GenerationError(f"{url}: HTTP {response.status}: {body[:300]}")
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise GenerationError(f"{url}: the answer is not JSON: {body[:100]!r}") from None
+        return await post_json(url, payload, headers, timeout, attempts=ATTEMPTS, first_wait=FIRST_WAIT)
+    except RequestFailed as error:
+        raise GenerationError(str(error)) from error
 
 
-async def _read_body(response: aiohttp.ClientResponse, url: str) -> bytes:
-    """The whole body, or GenerationError when it never ends."""
-    parts, size = [], 0
-    async for part in response.content.iter_chunked(2**16):
-        parts.append(part)
-        size += len(part)
-        if size > LARGEST_ANSWER:
-            raise GenerationError(f"{url}: the answer is larger than {LARGEST_ANSWER // 2**20} MB")
-    return b"".join(parts)
+def sampling_seed(seed: int, task_id: str, trial: int) -> int:
+    """Of an episode's first turn; the turns after it count on, because one seed would repeat its random numbers."""
+    return zlib.crc32(f"{seed}:{trial}:{task_id}".encode()) & 0x3FFFFFFF
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Two halves:
 - `parse_turn`, `render_turn`: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, the dialect of Qwen3.
 - `ChatTemplate`: token ids of the first prompt, later of new messages alone: no sampled token is ever rendered again.
 
-A library: used by generate_with_tau.py and evaluate_tau2.py.
+A library: used by generate_with_tau.py, chat_agent.py and evaluate_tau2.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tau2_episode import AgentToolCall, AgentTurn, BadInput
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 INVALID_CALL = "invalid_tool_call"
 DEEPEST = 20  # levels of a call's arguments
+LONG_TEXT = 1000  # characters; a longer text is mostly the system prompt, the same in every episode
 MAX_QUOTED = 400  # characters of a broken call that are kept in the record
 
 
@@ -111,12 +112,18 @@ def _read_call(body: str, closed: bool, tools: Sequence[dict]) -> AgentToolCall:
         call = json.loads(body)
     except (ValueError, RecursionError) as error:
         return _invalid(body, f"the tool call is not valid JSON ({str(error)[:80]})")
+    return read_call(call, tools, body)
+
+
+def read_call(call: Any, tools: Sequence[dict], said: str) -> AgentToolCall:
+    """{"name": ..., "arguments": ...} checked against the tools; one with `error`, quoting `said`, if it cannot be
+    executed."""
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return _invalid(body, 'the tool call is not an object with "name" and "arguments"')
+        return _invalid(said, 'the tool call is not an object with "name" and "arguments"')
     arguments, problem = _read_arguments(call.get("arguments", {}))
     problem = problem or _unusable(arguments) or _check_against(call["name"], arguments, tools)
     if problem:
-        return replace(_invalid(body, problem), asked_for=call["name"].encode(errors="replace").decode()[:60])
+        return replace(_invalid(said, problem), asked_for=call["name"].encode(errors="replace").decode()[:60])
     return AgentToolCall(name=call["name"], arguments=arguments)
 
 
@@ -228,6 +235,8 @@ class ChatTemplate:
         self._plain = _without_added_tokens(tokenizer)
         self._mark = f"TEXT{secrets.token_hex(8)}N"
         self._following_text = lru_cache(maxsize=512)(self._render_following)
+        self._prompt_text = lru_cache(maxsize=8)(self._render_prompt)
+        self._long_text_ids = lru_cache(maxsize=8)(self._plain_ids)
         self.end_text = self._find_end_of_turn()
         self.end_id = self._controls[self.end_text]
         self._self_check()
@@ -240,7 +249,8 @@ class ChatTemplate:
     def prompt(self, messages: Sequence[dict], tools: Sequence[dict]) -> list[int]:
         """Ids of `messages` (system first) with the tool list and the generation prompt."""
         marked, contents = self._mark_contents(messages)
-        return self._encode(self._render(marked, tools), contents)
+        # Of a start, only the marked texts differ between episodes.
+        return self._encode(self._prompt_text(json.dumps(marked), json.dumps(tools)), contents)
 
     def following(self, messages: Sequence[dict]) -> list[int]:
         """Ids that follow the model's end token when `messages` (user or tool) arrive, with the generation prompt."""
@@ -261,6 +271,9 @@ class ChatTemplate:
         return self.tokenizer.apply_chat_template(
             list(messages), tools=tools or None, add_generation_prompt=generate, tokenize=False, **self._kwargs
         )
+
+    def _render_prompt(self, messages: str, tools: str) -> str:
+        return self._render(json.loads(messages), json.loads(tools))
 
     def _mark_contents(self, messages: Sequence[dict]) -> tuple[list[dict], list[str]]:
         """Replace customer and tool text by marks; outer white space stays, because some templates trim it."""
@@ -298,7 +311,8 @@ class ChatTemplate:
 
         def flush() -> None:
             if plain:
-                ids.extend(self._plain.encode("".join(plain), add_special_tokens=False).ids)
+                text = "".join(plain)
+                ids.extend(self._long_text_ids(text) if len(text) > LONG_TEXT else self._plain_ids(text))
                 plain.clear()
 
         for index, piece in enumerate(re.split(f"{self._mark}(\\d+)X", rendered)):
@@ -314,6 +328,9 @@ class ChatTemplate:
             plain.append(piece[start:])
         flush()
         return ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
 
     def _self_check(self) -> None:
         """On a fixed conversation both methods must give the ids of a full render."""

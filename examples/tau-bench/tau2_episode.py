@@ -673,10 +673,14 @@ class _Run:
     def _set_up(self) -> None:
         config = self.config
         environment = self.tau2.registry.get_env_constructor(_fast_domain(config.domain))()
-        tools = _user_tools(environment, self.task)
-        self.customer_tools = {tool.name for tool in tools or []} - {tool.name for tool in environment.get_tools()}
+        self.customer_tools = _customer_only_tools(config.domain, self.task)
         self.customer = tau2_users.make_customer(
-            config.user, config.user_args, self.task, tools, self.episode.seed, config.user_concurrency
+            config.user,
+            config.user_args,
+            self.task,
+            functools.partial(_user_tools, config.domain, self.task),
+            self.episode.seed,
+            config.user_concurrency,
         )
         self.episode.user = self.customer.describe()
         self.orchestrator = self.tau2.orchestrator.Orchestrator(
@@ -889,12 +893,25 @@ def _evaluate(task: Any, simulation: Any, domain: str) -> Any:
     )
 
 
-def _user_tools(environment: Any, task: Any) -> list | None:
+def _user_tools(domain: str, task: Any) -> list | None:
     """The tools of the customer's phone; tau2's main branch lets a task name some of them."""
+    named = getattr(task, "user_tools", None)
+    return _all_user_tools(domain, None if named is None else tuple(named))
+
+
+def _customer_only_tools(domain: str, task: Any) -> set[str]:
+    """Names that the customer's phone has and the agent has not."""
+    own = {tool["function"]["name"] for tool in agent_tools(domain)}
+    return {tool.name for tool in _user_tools(domain, task) or []} - own
+
+
+@functools.cache
+def _all_user_tools(domain: str, named: tuple[str, ...] | None) -> list | None:
+    """Building them takes longer than an episode, and a customer only reads their schemas: made once and shared."""
+    environment = _preload(domain).environment
     if environment.user_tools is None:
         return None
-    named = getattr(task, "user_tools", None)
-    return environment.get_user_tools() if named is None else environment.get_user_tools(include=named)
+    return environment.get_user_tools() if named is None else environment.get_user_tools(include=list(named))
 
 
 def _short_result(content: str) -> str:

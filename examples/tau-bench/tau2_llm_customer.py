@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -127,18 +128,23 @@ def _call_args(model: str, args: dict[str, Any]) -> dict[str, Any]:
 
 def check_settings(model: str, args: dict[str, Any]) -> None:
     """Raises UnusableCustomer for arguments that cannot work, or that hold a key. Looks nothing up."""
-    if ours := [name for name in OURS if name in args]:
-        raise UnusableCustomer(f"the customer's arguments cannot hold {', '.join(ours)}")
+    variable = (KEY_VARIABLES.get(_provider(model)) or ("",))[0]
+    if problem := wrong_arguments("the customer's", {**DEFAULTS, **args}, OURS, variable):
+        raise UnusableCustomer(problem)
+
+
+def wrong_arguments(whose: str, args: dict[str, Any], ours: tuple[str, ...], key_variable: str = "") -> str:
+    """What is wrong with the arguments of a model's calls, of which `ours` may not be given; "" when nothing is."""
+    if found := [name for name in ours if name in args]:
+        return f"{whose} arguments cannot hold {', '.join(found)}"
     if secret := _secret_argument(args):
-        raise UnusableCustomer(
-            f"the customer's arguments hold a key ({secret}): keys are read from the environment only"
-            + (f", here from {variables[0]}" if (variables := KEY_VARIABLES.get(_provider(model))) else "")
-        )
-    merged = {**DEFAULTS, **args}
-    if not _is_number(merged["timeout"]) or merged["timeout"] <= 0:
-        raise UnusableCustomer("the customer's argument timeout must be a number of seconds above 0")
-    if not isinstance(merged["num_retries"], int) or merged["num_retries"] < 0:
-        raise UnusableCustomer("the customer's argument num_retries must be a whole number, 0 or more")
+        where = f", here from {key_variable}" if key_variable else ""
+        return f"{whose} arguments hold a key ({secret}): keys are read from the environment only{where}"
+    if not _is_number(args["timeout"]) or not 0 < args["timeout"] < math.inf:
+        return f"{whose} argument timeout must be a number of seconds above 0"
+    if not isinstance(args["num_retries"], int) or args["num_retries"] < 0:
+        return f"{whose} argument num_retries must be a whole number, 0 or more"
+    return ""
 
 
 def _secret_argument(args: dict[str, Any]) -> str:

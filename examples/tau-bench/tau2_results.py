@@ -9,6 +9,7 @@ OUTPUT.json         the numbers, `results` (an episode each), and tau2's Results
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -82,8 +83,11 @@ class RowsFile:
         if torn:
             self.file.truncate(len(data) - len(torn))
         lines = whole.split(b"\n") if whole else []
-        if not lines:
-            self._append({"settings": self.settings})
+        if len(lines) < 2:  # no episode yet that other settings could be mixed with
+            if lines:
+                self._parse(1, lines[0])
+            self.file.truncate(0)
+            self._write({"settings": self.settings})
             return
         for number, line in enumerate(lines, start=1):
             row = self._parse(number, line)
@@ -110,19 +114,19 @@ class RowsFile:
             differences = ", ".join(f"{key} {there.get(key)!r}, now {self.settings.get(key)!r}" for key in other)
             raise BadInput(f"{self.path} was made with other settings ({differences}): choose another --output-path")
 
-    def add(self, row: dict) -> None:
-        self._append(row)
+    async def add(self, row: dict) -> None:
+        """Returns when the row is on disk. The disk is waited for in a thread: other episodes go on meanwhile."""
+        self._write(row)
+        await asyncio.to_thread(os.fsync, self.file.fileno())
         self.done[row["task_id"], row["trial"]] = row
 
-    def _append(self, value: dict) -> None:
+    def _write(self, value: dict) -> None:
         """The whole line, or none of it: a full disk must not leave a part that the next line would be added to."""
         data = json.dumps(value, ensure_ascii=False).encode() + b"\n"
-        before = self.file.seek(0, os.SEEK_END)
+        before, written = self.file.seek(0, os.SEEK_END), 0
         try:
-            written = 0
             while written < len(data):
                 written += self.file.write(data[written:])
-            os.fsync(self.file.fileno())
         except OSError as error:
             self.file.truncate(before)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
@@ -162,17 +166,20 @@ def read_result(path: str | Path) -> dict[str, Any]:
     missing = [key for key in OURS if key not in result] if isinstance(result, dict) else list(OURS)
     if missing:
         raise BadInput(f"{path}: not a result of evaluate_tau2.py (no {', '.join(missing)})")
+    if not (isinstance(result["results"], list) and isinstance(result["simulations"], list)):
+        raise BadInput(f"{path}: not a result of evaluate_tau2.py (results and simulations are no lists)")
     if not result["results"] or len(result["results"]) != len(result["simulations"]):
         raise BadInput(f"{path}: holds {len(result['results'])} results and {len(result['simulations'])} simulations")
     return result
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Atomically: a reader sees the old file or the new one."""
+    """Atomically: a reader sees the old file or the new one. A line a key, for indentation takes ten times as long."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    lines = [f"{json.dumps(key)}: {json.dumps(item, ensure_ascii=False)}" for key, item in value.items()]
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            file.write("{\n" + ",\n".join(lines) + "\n}\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

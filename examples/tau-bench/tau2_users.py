@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +26,17 @@ def customer_name(user: str) -> str:
 
 
 def make_customer(
-    user: str, user_args: dict[str, Any], task: Any, tools: list | None, seed: int, concurrency: int = CONCURRENCY
+    user: str,
+    user_args: dict[str, Any],
+    task: Any,
+    tools: Callable[[], list | None],
+    seed: int,
+    concurrency: int = CONCURRENCY,
 ) -> Any:
-    """The customer named by `user`: "scripted", "llm" or a litellm model name; `tools` are its phone's."""
+    """The customer named by `user`: "scripted", "llm" or a litellm model name; `tools()` gives its phone's."""
     if user == "scripted":
         return ScriptedCustomer(task.user_scenario)
-    return LLMCustomer(customer_name(user), user_args, str(task.user_scenario), tools, seed, concurrency)
+    return LLMCustomer(customer_name(user), user_args, str(task.user_scenario), tools(), seed, concurrency)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,370 @@
+"""An agent behind any OpenAI-compatible chat-completions endpoint with tools: vLLM, SGLang, llama.cpp, OpenAI, ...
+
+    python examples/tau-bench/evaluate_tau2.py --agent chat --agent-llm NAME \\
+        --agent-base-url http://127.0.0.1:8000/v1 --output-path chat.json
+
+The key is read from the environment (OPENAI_API_KEY, or what --agent-key-env names); a server of one's own may need
+none. --agent-llm-args holds further fields of the request, such as {"top_p": 0.9}; null leaves one of ours out
+({"max_tokens": null, "max_completion_tokens": 2048}). Two of them are not sent: `timeout` (seconds of one call, 300)
+and `num_retries` (4). The endpoint is asked once, with a tool, before any episode.
+
+The endpoint renders and tokenises, so ids and log-probs are unknown: for rollouts there is TokenAgent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from generate_with_tau import sampling_seed
+from http_client import RequestFailed, UnusableAnswer, close_session, post_json
+from openai_tool_adapter import ParsedTurn, parse_turn, read_call
+from tau2_episode import AgentToolCall, AgentTurn, BadInput, EndEpisode, EndReason
+from tau2_llm_customer import PREFLIGHT_RETRIES, mask, wrong_arguments
+
+CHAT = "chat"
+KEY_VARIABLE = "OPENAI_API_KEY"
+DEFAULTS = {"timeout": 300, "num_retries": 4}
+OURS = ("model", "messages", "tools", "stream", "n", "api_base", "base_url")
+PREFLIGHT_TOKENS, PREFLIGHT_SECONDS = 256, 60
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # what providers accept in a dialogue
+
+# How endpoints say that the dialogue is too long, with status 400, 413 or 422; they share no code.
+_CONTEXT_FULL = re.compile(
+    r"context[_ -]?(length|window|size)|(prompt|input) is too long|too many (input )?tokens|maximum number of tokens",
+    re.IGNORECASE,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The endpoint
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a model is asked and with what. `params` are fields of every request; the key is looked up for each call,
+    so that no object holds it."""
+
+    base_url: str
+    model: str
+    params: dict[str, Any]
+    key_variable: str = KEY_VARIABLE
+    timeout: float = DEFAULTS["timeout"]
+    num_retries: int = DEFAULTS["num_retries"]
+
+    async def complete(self, messages: list[dict], tools: list[dict], **fields: Any) -> dict:
+        """{"message", "finish_reason", "usage"} of one completion; `fields` replace params. Raises RequestFailed."""
+        ours = {"model": self.model, "messages": messages, **({"tools": tools} if tools else {})}
+        body = {**ours, **self.params, **fields}
+        return await post_json(
+            f"{self.base_url}/chat/completions",
+            {name: value for name, value in body.items() if value is not None},
+            {"Authorization": f"Bearer {key}"} if (key := self.key()) else None,
+            self.timeout,
+            attempts=1 + self.num_retries,
+            read=_read_completion,
+        )
+
+    def key(self) -> str:
+        return os.environ.get(self.key_variable, "").strip()
+
+
+def _read_completion(answer: Any) -> dict:
+    """The one choice of a completion, in the form that the rest relies on. Raises UnusableAnswer."""
+    try:
+        choice = answer["choices"][0]
+        message = json.loads(_whole_characters(json.dumps(dict(choice["message"]), ensure_ascii=False)))
+        message["tool_calls"] = [dict(call) for call in message.get("tool_calls") or []]
+        return {
+            "message": message,
+            "finish_reason": choice.get("finish_reason"),
+            "usage": dict(answer.get("usage") or {}),
+        }
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        raise UnusableAnswer(f"the answer is no chat completion: {json.dumps(answer)[:1000]}") from None
+
+
+def _whole_characters(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can hold and a file cannot."""
+    return text.encode(errors="replace").decode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The agent
+
+
+class ChatAgent:
+    """A policy behind an endpoint. `seed` is of the episode's first turn; None for greedy decoding."""
+
+    def __init__(self, endpoint: Endpoint, seed: int | None = None):
+        self.endpoint, self.seed = endpoint, seed
+        self.asides = 0
+        self.turns = 0
+        self._usage: Counter = Counter()
+        self._messages: list[dict] = []
+        self._tools: list[dict] = []
+
+    async def start(self, messages: list[dict], tools: list[dict]) -> None:
+        self._messages, self._tools = list(messages), list(tools)
+
+    async def act(self, new_messages: list[dict]) -> AgentTurn:
+        self._messages += self._with_own_ids(new_messages)
+        answer = await self._ask()
+        _check_finished(answer, self.endpoint)
+        parsed = read_message(answer["message"], self._tools)
+        self.turns += 1
+        self.asides += bool(parsed.aside)
+        self._messages.append(_as_history(answer["message"], parsed.turn, self.turns))
+        return parsed.turn
+
+    def usage(self) -> dict[str, int]:
+        """Tokens over all calls, as the endpoint counts them: read (`prompt`), of those cached, and generated."""
+        return {name: self._usage[name] for name in ("prompt", "cached", "generated")}
+
+    def _with_own_ids(self, new_messages: list[dict]) -> list[dict]:
+        """Tool results, which come in the calls' order, under the ids that the endpoint gave its calls."""
+        if new_messages[0]["role"] != "tool":
+            return new_messages
+        calls = self._messages[-1]["tool_calls"]
+        return [
+            {"role": "tool", "tool_call_id": call["id"], "content": message["content"]}
+            for call, message in zip(calls, new_messages, strict=True)
+        ]
+
+    async def _ask(self) -> dict:
+        fields = {} if self.seed is None else {"seed": self.seed + self.turns}
+        try:
+            answer = await self.endpoint.complete(self._messages, self._tools, **fields)
+        except RequestFailed as error:
+            reason, detail = _why_failed(error), str(error)
+        else:
+            self._usage.update(_count_tokens(answer["usage"]))
+            return answer
+        raise EndEpisode(reason, detail)
+
+
+def _why_failed(error: RequestFailed) -> EndReason:
+    is_full = error.status in (400, 413, 422) and _CONTEXT_FULL.search(str(error))
+    return EndReason.CONTEXT_FULL if is_full else EndReason.GENERATION_FAILED
+
+
+def _count_tokens(usage: dict) -> dict[str, int]:
+    details = usage.get("prompt_tokens_details") or {}
+    counts = {
+        "prompt": usage.get("prompt_tokens"),
+        "cached": details.get("cached_tokens") if isinstance(details, dict) else 0,
+        "generated": usage.get("completion_tokens"),
+    }
+    return {name: count for name, count in counts.items() if isinstance(count, int)}
+
+
+def _check_finished(answer: dict, endpoint: Endpoint) -> None:
+    """Ends the episode when the model did not close its turn."""
+    finish = answer["finish_reason"]
+    if finish == "abort":
+        raise EndEpisode(EndReason.GENERATION_ABORTED, "aborted by the server")
+    if finish == "content_filter":
+        raise EndEpisode(EndReason.RESPONSE_CUT, "the endpoint's content filter cut the turn")
+    if finish == "length":
+        generated = _count_tokens(answer["usage"]).get("generated")
+        limit = endpoint.params.get("max_completion_tokens") or endpoint.params.get("max_tokens")
+        is_full = generated is not None and limit is not None and generated < limit
+        reason = EndReason.CONTEXT_FULL if is_full else EndReason.RESPONSE_CUT
+        raise EndEpisode(reason, f"the turn did not end within {'its' if generated is None else generated} tokens")
+
+
+def read_message(message: dict, tools: list[dict]) -> ParsedTurn:
+    """An assistant message as a turn, judged as `parse_turn` judges a text. A call that the server could not parse and
+    left in the text is a call too."""
+    parsed = parse_turn(_text(message), tools)
+    if not message["tool_calls"]:
+        return parsed
+    aside = parsed.turn.content or parsed.aside
+    return ParsedTurn(AgentTurn(tool_calls=[_read_call(call, tools) for call in message["tool_calls"]]), aside)
+
+
+def _text(message: dict) -> str:
+    """The message's text, also of one in parts; a refusal is what the model says."""
+    content = message.get("content") or message.get("refusal") or ""
+    if isinstance(content, list):
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
+def _read_call(call: dict, tools: list[dict]) -> AgentToolCall:
+    function = call.get("function")
+    if not isinstance(function, dict):
+        return read_call(function, tools, json.dumps(call))
+    arguments = function.get("arguments")
+    # Some servers write nothing for a call without arguments.
+    arguments = {} if arguments in (None, "") else arguments
+    return read_call({"name": function.get("name"), "arguments": arguments}, tools, json.dumps(function))
+
+
+def _as_history(message: dict, turn: AgentTurn, number: int) -> dict:
+    """The message as it is sent back. The model's own words, but calls in a form that every server reads again: ids
+    that are there and differ, names of ordinary characters, arguments that are an object."""
+    if not turn.tool_calls:
+        return {"role": "assistant", "content": _text(message)}
+    said = message["tool_calls"] or [{}] * len(turn.tool_calls)
+    ids = [call.get("id") for call in said]
+    if len(set(map(str, ids))) < len(ids) or not all(isinstance(id_, str) and id_ for id_ in ids):
+        ids = [f"call{number:03d}{i:02d}" for i in range(len(ids))]
+    calls = [
+        {"id": id_, "type": "function", "function": _function(call.get("function"), read)}
+        for id_, call, read in zip(ids, said, turn.tool_calls, strict=True)
+    ]
+    return {"role": "assistant", "content": _text(message) or None, "tool_calls": calls}
+
+
+def _function(said: Any, read: AgentToolCall) -> dict[str, str]:
+    said = said if isinstance(said, dict) else {}
+    name, arguments = said.get("name"), said.get("arguments")
+    if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
+        name = read.name
+    return {"name": name, "arguments": arguments if _is_object(arguments) else json.dumps(read.arguments)}
+
+
+def _is_object(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For the evaluator
+
+
+def add_flags(parser: argparse.ArgumentParser, json_object: Callable[[str], dict]) -> None:
+    add = parser.add_argument
+    add("--agent-llm", metavar="NAME", help=f"--agent {CHAT}: the model's name at its endpoint")
+    add("--agent-base-url", metavar="URL", help=f"--agent {CHAT}: the endpoint, such as http://127.0.0.1:8000/v1")
+    add(
+        "--agent-llm-args",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help=f"--agent {CHAT}: further fields of its requests; timeout and num_retries are of one call",
+    )
+    add("--agent-key-env", default=KEY_VARIABLE, metavar="NAME", help="the environment variable that holds its key")
+
+
+def identity(args: argparse.Namespace) -> dict[str, Any]:
+    """What tells one such model from another, for the settings of rows."""
+    return {"name": args.agent_llm, "base_url": _base_url(args.agent_base_url), "args": args.agent_llm_args}
+
+
+def make_chat_agents(args: argparse.Namespace) -> tuple[Callable[[str, int], ChatAgent], Callable[[], None]]:
+    """(make_agent(task_id, trial), preflight()). Both raise BadInput for flags or an endpoint that cannot be used."""
+    endpoint = make_endpoint(args)
+    is_seeded = args.temperature > 0 and "seed" not in endpoint.params
+
+    def make(task_id: str, trial: int) -> ChatAgent:
+        return ChatAgent(endpoint, sampling_seed(args.seed, task_id, trial) if is_seeded else None)
+
+    return make, lambda: asyncio.run(check_endpoint(endpoint))
+
+
+def make_endpoint(args: argparse.Namespace) -> Endpoint:
+    """The endpoint that the flags name. Raises BadInput."""
+    for flag in ("agent_llm", "agent_base_url"):
+        if not getattr(args, flag):
+            raise BadInput(f"--agent {CHAT} needs --{flag.replace('_', '-')}")
+    if args.max_context_len is not None:
+        raise BadInput(f"--max-context-len is the endpoint's own with --agent {CHAT}: leave it out")
+    settings = {**DEFAULTS, **args.agent_llm_args}
+    if problem := wrong_arguments("--agent-llm-args: the agent's", settings, OURS, args.agent_key_env):
+        raise BadInput(problem)
+    if settings.get("seed") is not None:
+        raise BadInput("--agent-llm-args: seeds come from --seed, one for each turn; null sends none")
+    _check_key(args.agent_key_env)
+    timeout, num_retries = settings.pop("timeout"), settings.pop("num_retries")
+    params = {"temperature": args.temperature, "max_tokens": args.max_turn_tokens, **settings}
+    return Endpoint(_base_url(args.agent_base_url), args.agent_llm, params, args.agent_key_env, timeout, num_retries)
+
+
+def _base_url(url: str) -> str:
+    """Without a slash at its end. Raises BadInput, which repeats nothing that could be a key."""
+    address = urlsplit(url)
+    if address.username or address.password or address.query or mask(url) != url:
+        raise BadInput("--agent-base-url holds a user, a query or a key: keys are read from the environment only")
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise BadInput(f"--agent-base-url {url}: give an address such as http://127.0.0.1:8000/v1")
+    return url.rstrip("/").removesuffix("/chat/completions")
+
+
+def _check_key(variable: str) -> None:
+    if mask(variable) != variable or not re.fullmatch(r"\w+", variable):
+        raise BadInput("--agent-key-env takes the name of an environment variable, not a key")
+    key = os.environ.get(variable, "").strip()
+    if variable != KEY_VARIABLE and not key:
+        raise BadInput(f"--agent-key-env {variable}: this variable is not set")
+    if not (key.isascii() and key.isprintable()):
+        raise BadInput(f"the key in {variable} holds characters that no key has")
+
+
+_PROBE = {
+    "type": "function",
+    "function": {
+        "name": "check_status_bar",
+        "description": "Looks at the phone's status bar.",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    },
+}
+
+
+async def check_endpoint(endpoint: Endpoint) -> None:
+    """One completion with a tool. Raises BadInput when it fails or when the endpoint ignores tools."""
+    ask = [{"role": "user", "content": "Call the tool check_status_bar now, without any text."}]
+    brief = replace(
+        endpoint,
+        params=_at_most(endpoint.params, PREFLIGHT_TOKENS),
+        timeout=min(endpoint.timeout, PREFLIGHT_SECONDS),
+        num_retries=min(endpoint.num_retries, PREFLIGHT_RETRIES),
+    )
+    try:
+        answer = await brief.complete(ask, [_PROBE])
+        if not read_message(answer["message"], [_PROBE]).turn.tool_calls:
+            _check_reads_tools(answer, await brief.complete(ask, []), endpoint)
+    except RequestFailed as error:
+        problem = _explain(error, endpoint)
+    else:
+        return
+    finally:
+        await close_session()
+    raise BadInput(problem)
+
+
+def _at_most(params: dict, tokens: int) -> dict:
+    limits = [name for name in ("max_tokens", "max_completion_tokens") if isinstance(params.get(name), int)]
+    return {**params, **{name: min(params[name], tokens) for name in limits}}
+
+
+def _check_reads_tools(with_tool: dict, without: dict, endpoint: Endpoint) -> None:
+    """A weak model may not call the tool that it is asked to call, but it must have read more than without it."""
+    read, plain = (_count_tokens(answer["usage"]).get("prompt") for answer in (with_tool, without))
+    if read is None or read == plain:
+        raise BadInput(
+            f"{endpoint.model} at {endpoint.base_url} ignores tools: it was asked to call one and wrote text instead; "
+            "start the server with tool calling (vLLM: --enable-auto-tool-choice --tool-call-parser NAME; SGLang: "
+            "--tool-call-parser NAME; llama.cpp: --jinja)"
+        )
+
+
+def _explain(error: RequestFailed, endpoint: Endpoint) -> str:
+    where, text = f"{endpoint.model} at {endpoint.base_url}", str(error)
+    if error.status in (401, 403):
+        state = "is refused" if endpoint.key() else "is not set"
+        return f"{where}: the key in {endpoint.key_variable} {state} ({text})"
+    if error.status == 404:
+        return f"{where}: no such model or address ({text})"
+    return f"{where} cannot be used: {text}"
