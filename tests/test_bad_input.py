@@ -302,6 +302,7 @@ def summaries(smol_dir, tmp_path) -> Fuzzer:
         "prompt": "short",
         "domain": "telecom",
         "task_split": "test",
+        "metrics": {"pass_at_1": {"value": 0.5, "low": 0.1, "high": 0.9}},
         "agent": "teacher",
         "num_trials": 1,
         "results": [{}],

@@ -29,6 +29,7 @@ NEEDED = {
     "floor_always_transfer": int | float | None,
     "total_tasks": int,
     "by_issue_type": dict,
+    "metrics": dict,
     "customer": dict,
     "prompt": str,
     "domain": str,
@@ -54,9 +55,16 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """A result of evaluate_tau2.py. Raises BadInput for any other file."""
     result = read_result(path)
     missing = [name for name, kind in NEEDED.items() if not isinstance(result.get(name), kind)]
+    if not missing and not _is_interval(result["metrics"].get("pass_at_1")):
+        missing = ["interval of pass_at_1"]
     if missing:
         raise BadInput(f"{path} is no result of evaluate_tau2.py (no {missing[0]}): remove it and evaluate again")
     return result
+
+
+def _is_interval(estimate: Any) -> bool:
+    ends = [estimate.get("low"), estimate.get("high")] if isinstance(estimate, dict) else [""]
+    return ends == [None, None] or all(isinstance(end, int | float) for end in ends)
 
 
 def read_minutes(path: Path) -> dict[str, float]:
