@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import itertools
 import json
 import random
@@ -81,28 +82,110 @@ def _deal(rows: list[dict], rng: random.Random) -> Iterator[dict]:
         yield from rng.sample(rows, len(rows))
 
 
-async def run_teacher(
-    draws: list[dict], config: EpisodeConfig, style: str, slip: float, seed: int, max_concurrency: int
-) -> list[Episode]:
-    """One episode per drawn task, in the order of `draws`; the n-th has the seed `seed` + n. The teacher's slips are
-    marked "step_loss_mask": 0 in the episode's messages."""
-    free = asyncio.Semaphore(max_concurrency)
+Outcome = dict[str, Any]  # of an episode: its SFT "row", or None and why it was "dropped"
 
-    async def run(number: int, row: dict) -> Episode:
-        async with free:
-            for _ in range(TRIES):
-                teacher = ScriptedTeacher(style, slip, seed + number)
-                episode = await run_episode(row["task"], teacher, config, seed + number)
-                if not episode.end_reason.is_infrastructure:
-                    break
-        turns = [message for message in episode.messages[2:] if message["role"] == "assistant"]
-        for turn in teacher.slips:
-            turns[turn]["step_loss_mask"] = 0
+
+async def run_teacher(
+    args: argparse.Namespace, config: EpisodeConfig, draws: list[dict], journal: Journal
+) -> list[Outcome]:
+    """The outcome of one episode per drawn task, in the order of `draws`; the n-th has the seed `args.seed` + n. Those
+    that the journal holds are not run again."""
+    free = asyncio.Semaphore(args.max_concurrency)
+
+    async def run(number: int, source: dict) -> Outcome:
+        if number not in journal.done:
+            async with free:
+                outcome, final = await run_one(args, config, source, args.seed + number)
+            if final:
+                journal.add(number, outcome)
+            else:
+                return outcome
         progress.advance()
-        return episode
+        return journal.done[number]
 
     with Progress(len(draws)) as progress:
-        return await asyncio.gather(*(run(number, row) for number, row in enumerate(draws)))
+        return await asyncio.gather(*(run(number, source) for number, source in enumerate(draws)))
+
+
+async def run_one(args: argparse.Namespace, config: EpisodeConfig, source: dict, seed: int) -> tuple[Outcome, bool]:
+    """(outcome, whether it is the episode's own and not the machinery's). The teacher's slips are marked
+    "step_loss_mask": 0 in the row."""
+    for _ in range(TRIES):
+        teacher = ScriptedTeacher(args.style, args.slip, seed)
+        episode = await run_episode(source["task"], teacher, config, seed)
+        if not episode.end_reason.is_infrastructure:
+            break
+    turns = [message for message in episode.messages[2:] if message["role"] == "assistant"]
+    for turn in (turn for turn in teacher.slips if turn < len(turns)):
+        turns[turn]["step_loss_mask"] = 0
+    return _outcome(episode, source, config), not episode.end_reason.is_infrastructure
+
+
+def _outcome(episode: Episode, source: dict, config: EpisodeConfig) -> Outcome:
+    if not episode.solved:
+        return {"row": None, "dropped": f"not solved, {episode.end_reason.value}"}
+    row = make_row(episode, source, config)
+    if holds_control_text(row["prompt"]):
+        return {"row": None, "dropped": "control token in a text"}
+    return {"row": row, "dropped": None}
+
+
+class Journal:
+    """OUTPUT.partial: with a customer that costs money, the outcome of every finished episode is on disk at once, and
+    the same command goes on where an interrupted one stopped. Removed by `remove`, when the rows are written.
+
+    `path` None (the scripted customer) keeps nothing. Raises BadInput when the file belongs to other settings or to a
+    run that is under way; a torn last line counts as not written.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, json.loads(json.dumps(settings, default=str))
+        self.done: dict[int, Outcome] = {}
+        self.file: Any = None
+        if path is not None:
+            self._open()
+
+    def _open(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("a+b", buffering=0)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"{self.path}: another run is writing it") from error
+        except OSError as error:
+            raise BadInput(f"cannot write {self.path}: {error.strerror}") from error
+        self.file.seek(0)
+        whole = self.file.read().rpartition(b"\n")[0]
+        self.file.truncate(len(whole) + 1 if whole else 0)
+        try:
+            lines = [json.loads(line) for line in whole.split(b"\n")] if whole else []
+            if lines and lines[0]["settings"] != self.settings:
+                raise BadInput(
+                    f"{self.path} belongs to a run with other settings: remove it, or choose another --output"
+                )
+            self.done = {line["number"]: {"row": line["row"], "dropped": line["dropped"]} for line in lines[1:]}
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise BadInput(f"{self.path} is damaged: remove it") from error
+        if not lines:
+            self._write({"settings": self.settings})
+        elif self.done:
+            print(f"continuing: {len(self.done)} episodes are there", flush=True)
+
+    def add(self, number: int, outcome: Outcome) -> None:
+        if self.file is not None:
+            self._write({"number": number, **outcome})
+        self.done[number] = outcome
+
+    def _write(self, value: dict[str, Any]) -> None:
+        try:
+            self.file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        except OSError as error:
+            raise BadInput(f"cannot write {self.path}: {error.strerror}; the same command continues") from error
+
+    def remove(self) -> None:
+        if self.file is not None:
+            self.path.unlink(missing_ok=True)
+            self.file.close()
 
 
 class Progress:
@@ -153,8 +236,8 @@ def refuse_test_tasks(domain: str, rows: list[dict]) -> None:
         raise BadInput(f"{len(found)} of the tasks are official test tasks, e.g. {found[0]}: train on other splits")
 
 
-def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter]:
-    """SFT rows of solved episodes, and how many were dropped for which reason."""
+def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal]:
+    """SFT rows of solved episodes, how many were dropped for which reason, and the journal to remove at the end."""
     sources = [row for path in args.tasks for row in read_task_rows(path)]
     refuse_test_tasks(args.domain, sources)
     config = EpisodeConfig(args.domain, args.prompt, args.user, args.user_args, redraw_ids=args.redraw_ids)
@@ -162,12 +245,12 @@ def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter]
     check_customer_key(config)
     check_customer(config)
     draws = draw_tasks(sources, args.num_traces or args.epochs * len(sources), args.mix, args.seed)
-    episodes = asyncio.run(run_teacher(draws, config, args.style, args.slip, args.seed, args.max_concurrency))
-    dropped = Counter(f"not solved, {e.end_reason.value}" for e in episodes if not e.solved)
-    rows = [make_row(e, d, config) for e, d in zip(episodes, draws, strict=True) if e.solved]
-    kept = [row for row in rows if not holds_control_text(row["prompt"])]
-    dropped["control token in a text"] += len(rows) - len(kept)
-    return kept, +dropped
+    chosen = {name: getattr(args, name) for name in "domain prompt user user_args redraw_ids style slip seed".split()}
+    path = None if config.user == "scripted" else args.output.with_name(f"{args.output.name}.partial")
+    journal = Journal(path, {**chosen, "tasks": [draw["task"]["id"] for draw in draws]})
+    outcomes = asyncio.run(run_teacher(args, config, draws, journal))
+    dropped = Counter(outcome["dropped"] for outcome in outcomes if outcome["row"] is None)
+    return [outcome["row"] for outcome in outcomes if outcome["row"] is not None], dropped, journal
 
 
 def holds_control_text(messages: list[dict]) -> bool:
@@ -433,10 +516,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_folder(args.output.parent)
         from_hub = args.from_hub or args.from_hub_file
-        rows, dropped = traces_from_hub(args) if from_hub else traces_from_episodes(args)
+        rows, dropped, journal = (*traces_from_hub(args), None) if from_hub else traces_from_episodes(args)
         if not rows:
             raise BadInput(f"no row is left to write (dropped: {_counts(dropped)})")
         write_jsonl(args.output, rows)
+        if journal is not None:
+            journal.remove()
         report(args.output, rows, dropped)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
