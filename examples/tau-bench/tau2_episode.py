@@ -359,7 +359,7 @@ def _checkout_version(root: Path) -> str:
 
 
 def git_commit(folder: Path, digits: int) -> str | None:
-    """Of the checkout that holds `folder`, with "+" when it has changes; None for a copy without history, or no git."""
+    """Of the checkout that holds `folder`, with "+" when it has changes; None for a copy without history or git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", f"--abbrev={digits}", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
@@ -606,6 +606,13 @@ class _Seat:
         return None
 
 
+class _ReadOnly(list):
+    """Messages that are only read: tau2's evaluator copies them deeply before each of its replays, for nothing."""
+
+    def __deepcopy__(self, memo: dict) -> list:
+        return list(self)
+
+
 class _Run:
     """The state of one running episode."""
 
@@ -790,7 +797,9 @@ class _Run:
             episode.reward = episode.checks = episode.simulation.reward_info = None
 
     def _simulation(self, reason: EndReason) -> Any:
-        messages = [m.model_copy(update={"turn_idx": i}) for i, m in enumerate(self.orchestrator.trajectory)]
+        messages = list(self.orchestrator.trajectory)
+        for index, message in enumerate(messages):
+            message.turn_idx = index
         costs = [m.cost for m in messages if m.role == "user" and m.cost]
         return self.tau2.simulation.SimulationRun(
             id=str(uuid.uuid4()),
@@ -825,7 +834,7 @@ class _Run:
 
     def _evaluate(self, simulation: Any) -> Any:
         return self.tau2.evaluate_simulation(
-            simulation=simulation,
+            simulation=simulation.model_copy(update={"messages": _ReadOnly(simulation.messages)}),
             task=self.task,
             evaluation_type=self.tau2.EvaluationType.ALL,
             solo_mode=False,
