@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import inspect
@@ -25,6 +26,7 @@ import random
 import re
 import string
 import subprocess
+import threading
 import time
 import tomllib
 import uuid
@@ -578,9 +580,34 @@ async def run_episode(
         task, databases = redraw(task, seed)
     token = _redrawn_databases.set(databases)
     try:
-        return await _Run(task, agent, config, seed, should_stop).run()
+        with _rare_full_collections:
+            return await _Run(task, agent, config, seed, should_stop).run()
     finally:
         _redrawn_databases.reset(token)
+
+
+class _RareFullCollections:
+    """While episodes run, Python's full garbage collections come ten times more seldom: each walks every object of
+    every live episode, and with 512 of them holds the event loop up for half a second. An episode leaves 0.1 MB."""
+
+    def __init__(self) -> None:
+        self.lock, self.episodes, self.before = threading.Lock(), 0, gc.get_threshold()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.episodes += 1
+            if self.episodes == 1:
+                self.before = gc.get_threshold()
+                gc.set_threshold(*self.before[:2], 10 * self.before[2])
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.episodes -= 1
+            if self.episodes == 0:
+                gc.set_threshold(*self.before)
+
+
+_rare_full_collections = _RareFullCollections()
 
 
 class _Seat:
