@@ -152,7 +152,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Atomically: a reader sees the old file or the new one. A line a key: full indentation takes ten times as long."""
+    """Atomically: a reader sees the old file or the new one. A line a key: full indentation takes ten times longer."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     lines = [f"{json.dumps(key)}: {json.dumps(item, ensure_ascii=False)}" for key, item in value.items()]
     temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
