@@ -161,9 +161,21 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, tiny_mode
         assert 0 < there < 6 and not output.exists()
         model.delay = 0.0
         assert main(list(map(str, flags))) == 0
+        undisturbed = tmp_path / "undisturbed.json"
+        assert main([*map(str, flags[:-1]), str(undisturbed)]) == 0
     result = json.loads(output.read_text())
     assert result["pass_at_1"] == 1.0 and len(result["results"]) == 6
     assert max(row["run"] for row in rows_of(rows)) == 1
+    assert without_time(result) == without_time(json.loads(undisturbed.read_text()))
+
+
+def without_time(result):
+    """A result without what the clock and chance decide: times, and the ids of simulations."""
+    chance = {"minutes", "run", "agent_seconds", "user_seconds", "id", "duration", "git_commit", "git"}
+    chance |= {"timestamp", "start_time", "end_time"}
+    if isinstance(result, dict):
+        return {key: without_time(value) for key, value in result.items() if key not in chance}
+    return [without_time(value) for value in result] if isinstance(result, list) else result
 
 
 @pytest.mark.parametrize("flags", [["--seed", "1"], ["--max-steps", "100"], ["--user", "gpt-4.1-mini"]])

@@ -141,5 +141,8 @@ say "3. GRPO with the shaped reward"
 timed grpo "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${GRPO_ARGS[@]}"
 evaluate grpo "$GRPO_DIR/hf"
 
-say "4. the table"
+say "4. the table, what it shows, and the report"
 "$PYTHON" examples/tau-bench/summarize.py --run-dir "$RUN_DIR"
+"$PYTHON" examples/tau-bench/evaluate_tau2.py compare "$RUN_DIR/eval_sft.json" "$RUN_DIR/eval_grpo.json"
+"$PYTHON" examples/tau-bench/evaluate_tau2.py report "$RUN_DIR"/eval_{base,sft,grpo}.json \
+   --metrics-log "$SFT_DIR/metrics.jsonl" "$GRPO_DIR/metrics.jsonl" --output "$RUN_DIR/report.html"

@@ -3,7 +3,7 @@
     python examples/tau-bench/summarize.py --run-dir runs/local
 
 reads RUN_DIR/eval_{base,sft,grpo}.json (evaluate_tau2.py) and RUN_DIR/minutes.tsv, and writes RUN_DIR/summary.json:
-{"stages": {"base": {evaluation keys, "stage_minutes"}, ...}, "floor", "customer", "prompt", "minutes"}.
+{"stages": {"base": {numbers of the evaluation, "stage_minutes"}, ...}, "floor", "customer", "prompt", "minutes"}.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from tau2_episode import BadInput
-from tau2_results import write_json
+from tau2_results import read_result, write_json
 
 STAGES = ("base", "sft", "grpo")
 ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")
+EPISODES = {"results", "simulations", "tasks", "info"}  # stay where they are
 
 
 def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
@@ -29,10 +30,8 @@ def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
     for stage in STAGES:
         path = run_dir / f"eval_{stage}.json"
         if path.exists():
-            stages[stage] = {
-                **json.loads(path.read_text(encoding="utf-8")),
-                "stage_minutes": minutes[stage] + minutes[f"eval_{stage}"],
-            }
+            found = {key: value for key, value in read_result(path).items() if key not in EPISODES}
+            stages[stage] = {**found, "stage_minutes": minutes[stage] + minutes[f"eval_{stage}"]}
     if not stages:
         raise BadInput(f"no eval_base.json, eval_sft.json or eval_grpo.json in {run_dir}: run run_local.sh first")
     return stages
@@ -61,12 +60,12 @@ def summary(stages: dict[str, dict[str, Any]], minutes: dict[str, float]) -> dic
 
 def table(result: dict[str, Any]) -> str:
     """The stages as aligned rows."""
-    head = ["", "pass@1", "+-", "partial", *(issue.removesuffix("_issue") for issue in ISSUES), "minutes"]
+    head = ["", "pass@1", "95 % interval", "partial", *(issue.removesuffix("_issue") for issue in ISSUES), "minutes"]
     rows = [head]
     for stage, row in result["stages"].items():
         solved = [_solved(row["by_issue_type"].get(issue)) for issue in ISSUES]
-        noise = row["pass_at_1_stderr"]
-        numbers = [f"{row['pass_at_1']:.3f}", "-" if noise is None else f"{noise:.3f}"]
+        low, high = (row["metrics"]["pass_at_1"][end] for end in ("low", "high"))
+        numbers = [f"{row['pass_at_1']:.3f}", "-" if low is None else f"[{low:.3f}, {high:.3f}]"]
         rows.append([stage, *numbers, f"{row['avg_partial_score']:.3f}", *solved, f"{row['stage_minutes']:.1f}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -82,8 +81,8 @@ def print_report(result: dict[str, Any], path: Path) -> None:
     print(f"floor (always transfer): {result['floor']:.3f}   minutes in all: {result['minutes']}")
     print(f"customer: {json.dumps(result['customer'])}   prompt: {result['prompt']}")
     print(
-        f"{last['total_tasks']} {last['domain']} {last['task_split']} tasks, greedy; +- is one standard error of "
-        "pass@1. A scripted customer and a short prompt: these numbers do not compare with published tau2 scores."
+        f"{last['total_tasks']} {last['domain']} {last['task_split']} tasks, greedy. "
+        "A scripted customer and a short prompt: these numbers do not compare with published tau2 scores."
     )
     print(f"written to {path}")
 

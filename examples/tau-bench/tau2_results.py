@@ -146,13 +146,15 @@ def read_result(path: str | Path) -> dict[str, Any]:
     missing = [key for key in OURS if key not in result] if isinstance(result, dict) else list(OURS)
     if missing:
         raise BadInput(f"{path}: not a result of evaluate_tau2.py (no {', '.join(missing)})")
+    if not (isinstance(result["results"], list) and isinstance(result["simulations"], list)):
+        raise BadInput(f"{path}: not a result of evaluate_tau2.py (results and simulations are no lists)")
     if not result["results"] or len(result["results"]) != len(result["simulations"]):
         raise BadInput(f"{path}: holds {len(result['results'])} results and {len(result['simulations'])} simulations")
     return result
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Atomically: a reader sees the old file or the new one. A line a key: full indentation takes ten times longer."""
+    """Atomically: a reader sees the old file or the new one. A line a key, for indentation takes ten times as long."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     lines = [f"{json.dumps(key)}: {json.dumps(item, ensure_ascii=False)}" for key, item in value.items()]
     temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
