@@ -69,7 +69,7 @@ class RowsFile:
         whole, _, torn = text.rpartition("\n")
         if torn:
             self.file.truncate(len(text.encode()) - len(torn.encode()))
-        lines = whole.splitlines()
+        lines = whole.split("\n") if whole else []  # splitlines also splits at U+2028, which JSON leaves as it is
         if len(lines) < 2:  # no episode yet that other settings could be mixed with
             if lines:
                 self._parse(1, lines[0])
