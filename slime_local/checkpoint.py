@@ -9,6 +9,7 @@ An iteration appears under its name only when it is complete, and the text file 
 unpickles anything but plain values and tensors.
 """
 
+import fcntl
 import io
 import os
 import random
@@ -16,11 +17,13 @@ import re
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slime_local.errors import UsageError
+from slime_local.errors import UsageError, one_line
+from slime_local.hf_folder import read_safetensors_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,8 +113,9 @@ def locate(path: str | Path, step: int | None, flag: str, step_flag: str) -> Loc
 
 
 def _located_iteration(path: Path, step: int | None, flag: str, step_flag: str) -> Location:
-    newest = (path / TRACKER).read_text().strip()
-    if step is None and not newest.isdigit():
+    newest = (path / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    if step is None and not re.fullmatch("[0-9]{1,18}", newest):
+        newest = newest[:40]
         raise UsageError(
             f"{flag} {path}: {TRACKER} says {newest!r}, which is no iteration: convert it to Hugging Face form"
         )
@@ -126,6 +130,10 @@ def _located_iteration(path: Path, step: int | None, flag: str, step_flag: str) 
             f"tools/convert_torch_dist_to_hf.py --input-dir {found.folder} --output-dir OUT --origin-hf-dir HF; "
             f"then give {flag} OUT"
         )
+    try:
+        read_safetensors_header(found.folder / "model.safetensors")
+    except UsageError as error:
+        raise UsageError(f"{flag}: {error}, or choose an older iteration with {step_flag}") from error
     return found
 
 
@@ -168,6 +176,7 @@ def read_optimizer(location: Location) -> dict[str, dict[str, "Tensor"]] | None:
     path = location.folder / "optimizer.safetensors"
     if not path.is_file():
         return None
+    read_safetensors_header(path)
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(path).items():
         name, _, slot = key.rpartition("/")
@@ -176,10 +185,19 @@ def read_optimizer(location: Location) -> dict[str, dict[str, "Tensor"]] | None:
 
 
 def read_state(location: Location) -> dict[str, Any]:
-    """The `state` given to `write`."""
+    """The `state` given to `write`. Raises UsageError when its file is missing or broken."""
     import torch
 
-    return torch.load(location.folder / "state.pt", map_location="cpu", weights_only=True)
+    path = location.folder / "state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the file's bytes decide what torch raises
+        raise UsageError(
+            f"{path} cannot be read ({one_line(error)}): choose an older iteration with --ckpt-step"
+        ) from error
+    if not isinstance(state, dict):
+        raise UsageError(f"{path} holds no state of a run: choose an older iteration with --ckpt-step")
+    return state
 
 
 # ---- Writing -----------------------------------------------------------------------------------------------------
@@ -197,6 +215,7 @@ def write(
     `state` holds plain values and tensors only. Raises UsageError when it does not, OSError when the disk refuses;
     what was there before is untouched in both cases.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -214,6 +233,8 @@ def write(
         for file in (*work.iterdir(), work):
             _sync(file)
         _put_in_place(work, folder)
+    except SafetensorError as error:  # its words for a full disk
+        raise OSError(f"{work}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     _point_tracker(path, iteration)
@@ -269,6 +290,21 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def sole_writer(path: str | None) -> Iterator[None]:
+    """Hold --save for this process while the block runs. Raises UsageError when another run holds it."""
+    if path is None:
+        yield
+        return
+    Path(path).mkdir(parents=True, exist_ok=True)
+    with (Path(path) / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--save {path}: another run is writing it; end that one or save elsewhere") from None
+        yield
 
 
 # ---- Random generators -------------------------------------------------------------------------------------------

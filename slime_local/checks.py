@@ -3,12 +3,10 @@
 Nothing here loads a model. Every problem found becomes one line of one UsageError.
 """
 
-import json
 import math
 import os
 import re
 import socket
-import struct
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -20,7 +18,7 @@ from slime_local.checkpoint import find_start, saved_iterations
 from slime_local.data import read_numbered_rows, row_tools, split_slice
 from slime_local.errors import UsageError
 from slime_local.flags import MODEL_SHAPE, check_combinations, load_flags
-from slime_local.hf_folder import check_hf_folder, weight_files
+from slime_local.hf_folder import check_hf_folder, read_json_object, read_safetensors_header, weight_files
 from slime_local.plugins import EQUIVALENTS, SFT_ROLLOUT, load_function
 
 PLUGIN_FLAGS = (
@@ -169,11 +167,12 @@ def _check_data(args: Namespace) -> None:
     if args.prompt_data is None:
         raise UsageError("--prompt-data is missing: the file with the prompts")
     sft = args.rollout_function_path == SFT_ROLLOUT
+    controls = _control_tokens(Path(args.hf_checkpoint or "")) if sft else None
     for number, row in read_numbered_rows(args.prompt_data):
         where = f"--prompt-data {split_slice(args.prompt_data)[0]} line {number}"
         _check_row(where, row, args.input_key, "--input-key", args.label_key, args)
         if sft:
-            _check_dialogue(where, row[args.input_key])
+            _check_dialogue(where, row[args.input_key], controls)
     for dataset in args.eval_datasets:
         for number, row in read_numbered_rows(dataset.path):
             where = f"--eval-prompt-data {split_slice(dataset.path)[0]} line {number}"
@@ -195,12 +194,44 @@ def _check_row(where: str, row: dict[str, Any], key: str, flag: str, label_key: 
         raise UsageError(f"{where}: {error}") from error
 
 
-def _check_dialogue(where: str, messages: Any) -> None:
-    is_list = isinstance(messages, list) and all(isinstance(m, dict) and "role" in m for m in messages)
-    if not is_list:
-        raise UsageError(f"{where}: SFT needs a list of messages with roles")
+def _control_tokens(folder: Path) -> re.Pattern | None:
+    """Every token that the tokenizer has added to its vocabulary, as one pattern; None where there is none."""
+    file = folder / "tokenizer.json"
+    tokens = read_json_object(file).get("added_tokens") if file.is_file() else None
+    texts = [token.get("content") for token in tokens or [] if isinstance(token, dict)]
+    found = sorted((text for text in texts if isinstance(text, str) and text), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found))) if found else None
+
+
+def _check_dialogue(where: str, messages: Any, controls: re.Pattern | None) -> None:
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise UsageError(
+            f"{where}: SFT needs a list of messages, each with a role, a text as content, and tool_calls with names"
+        )
+    for message in messages:
+        if (
+            controls
+            and message["role"] in ("user", "tool")
+            and (found := controls.search(message.get("content") or ""))
+        ):
+            raise UsageError(
+                f"{where}: a {message['role']} message holds {found.group()!r}, which the template would turn into a "
+                "control token: remove the row, or the text"
+            )
     if not any(m["role"] == "assistant" and m.get("step_loss_mask", 1) == 1 for m in messages):
         raise UsageError(f"{where}: no assistant turn to train")
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    calls = message.get("tool_calls") or []
+    return isinstance(message.get("content"), str | None) and isinstance(calls, list) and all(map(_is_call, calls))
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 # ---- Model ---------------------------------------------------------------------------------------------------
@@ -218,7 +249,7 @@ def _check_model_shape(args: Namespace) -> None:
     path = Path(args.hf_checkpoint or "") / "config.json"
     if not path.is_file():
         return  # _check_folders says so
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json_object(path)
     dests = {flag.name: flag.dest for flag in load_flags()}
     lines = []
     for flag, key in MODEL_SHAPE.items():
@@ -268,15 +299,8 @@ def memory_needed(args: Namespace) -> float:
 def parameter_counts(folder: Path) -> Iterator[tuple[str, int]]:
     """(HF name, number of values) of every tensor in the folder's safetensors files."""
     for file in weight_files(folder):
-        with (folder / file).open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for dimension in tensor["shape"]:
-                    size *= dimension
-                yield name, size
+        for name, tensor in read_safetensors_header(folder / file).items():
+            yield name, math.prod(tensor["shape"])
 
 
 def megatron_name(name: str) -> str:

@@ -11,10 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from slime_local.errors import UsageError
+from slime_local.errors import UsageError, one_line
 from slime_local.sample import Sample
 
-SLICE = re.compile(r"^(?P<path>.*)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]$")
+SLICE = re.compile(r"^(?P<path>.*)@\[(?P<start>(-?[0-9]{1,9})?):(?P<stop>(-?[0-9]{1,9})?)\]$", re.DOTALL)
+SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # JSON's escape of half a character
 
 
 def split_slice(path: str) -> tuple[str, slice]:
@@ -64,8 +65,14 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
+        if SURROGATE.search(line):
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{path} line {number} holds half of a surrogate pair: no tokenizer takes it") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} line {number} is not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UsageError(f"{path} line {number} is not JSON that can be read: {error}") from error
     if not isinstance(row, dict):
         raise UsageError(f"{path} line {number} is not a JSON object")
     return row
@@ -76,8 +83,11 @@ def _parquet(path: str) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet
     except ImportError as error:
         raise UsageError(f"{path}: parquet needs pyarrow; install it, or convert the file to .jsonl") from error
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise UsageError(f"{path} is not a parquet file that can be read: {error}") from error
 
 
 def row_tools(row: dict[str, Any], tool_key: str | None) -> list[dict[str, Any]] | None:
@@ -86,9 +96,12 @@ def row_tools(row: dict[str, Any], tool_key: str | None) -> list[dict[str, Any]]
         return None
     tools = row[tool_key]
     if isinstance(tools, str):
-        tools = json.loads(tools)
-    if not isinstance(tools, list):
-        raise ValueError(f"{tool_key} is {tools!r}: give a list, or leave the key out")
+        try:
+            tools = json.loads(tools)
+        except RecursionError as error:
+            raise ValueError(f"{tool_key} is nested too deeply") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{tool_key} is {str(tools)[:80]!r}: give a list of objects, or leave the key out")
     return tools
 
 
@@ -162,10 +175,13 @@ def _short_enough(samples: list[Sample], tokenizer: Any, max_length: int | None)
 
 @cache
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of an HF folder."""
+    """The tokenizer of an HF folder. Raises UsageError where none can be loaded."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a broken file raises what the library that reads it happens to raise
+        raise UsageError(f"{path}: no tokenizer can be loaded ({one_line(error)})") from error
 
 
 def template_renderer(tokenizer: Any, options: dict[str, Any] | None) -> Callable[..., str]:

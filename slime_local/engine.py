@@ -29,6 +29,7 @@ from slime_local.prefixes import Segment, common_prefix, decode_plan
 MIN_SHARED_PREFIX = 16
 # Slots grow by multiples of so many tokens.
 KV_BLOCK = 256
+LARGEST_NUMBER = 1e9  # of a sampling parameter
 
 
 class RequestError(Exception):
@@ -53,6 +54,8 @@ class SamplingParams:
     @classmethod
     def from_payload(cls, given: dict) -> SamplingParams:
         """Build from a request; RequestError names a value that is out of range or a parameter not supported."""
+        if not isinstance(given or {}, dict):
+            raise RequestError("sampling_params must be a JSON object")
         given = {name: value for name, value in (given or {}).items() if value is not None}
         known = {name: given.pop(name) for name in list(given) if name in cls.__dataclass_fields__}
         neutral = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0, "n": 1}
@@ -61,20 +64,32 @@ class SamplingParams:
                 raise RequestError(f"sampling_params.{name}={value} is not supported here")
         if isinstance(known.get("stop"), str):
             known["stop"] = [known["stop"]]
-        try:
-            params = cls(**known)
-            params._check()
-        except TypeError as error:
-            raise RequestError(f"sampling_params: {error}") from None
+        params = cls(**known)
+        params._check()
         return params
 
     def _check(self) -> None:
-        if not self.temperature >= 0:
-            raise RequestError(f"sampling_params.temperature={self.temperature} must be 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"sampling_params.top_p={self.top_p} must be in (0, 1]")
-        if self.max_new_tokens < 1:
-            raise RequestError(f"sampling_params.max_new_tokens={self.max_new_tokens} must be 1 or more")
+        """A wrong value must not reach the engine's thread, where it would end every request."""
+        for name in ("temperature", "top_p"):
+            self._require(name, type(getattr(self, name)) in (int, float), "a number")
+        for name in ("top_k", "max_new_tokens", "min_new_tokens"):
+            self._require(name, type(getattr(self, name)) is int, "a whole number")
+        self._require("temperature", 0 <= self.temperature < LARGEST_NUMBER, "0 or more, and finite")
+        self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        self._require("top_k", -1 <= self.top_k < LARGEST_NUMBER, "-1 or more")
+        self._require("max_new_tokens", 1 <= self.max_new_tokens < LARGEST_NUMBER, "1 or more")
+        self._require("stop", _is_list_of(self.stop, str) and "" not in self.stop, "a list of texts")
+        self._require("stop_token_ids", _is_list_of(self.stop_token_ids, int), "a list of token ids")
+        seed = self.sampling_seed
+        self._require("sampling_seed", seed is None or (type(seed) is int and 0 <= seed < 2**64), "0 or more")
+
+    def _require(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise RequestError(f"sampling_params.{name}={str(getattr(self, name))[:40]} must be {what}")
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
 @dataclass
@@ -426,7 +441,8 @@ class Engine:
             raise RequestError("stream=true is not supported here")
         ids = payload.get("input_ids")
         if ids is None and isinstance(payload.get("text"), str):
-            ids = self.tokenizer(payload["text"], add_special_tokens=False)["input_ids"]
+            text = payload["text"].encode(errors="replace").decode()  # half a surrogate pair has no tokens
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not isinstance(ids, list) or not ids:
             raise RequestError("input_ids must be a non-empty list of token ids (or give text)")
         vocab = self.model.config.vocab_size

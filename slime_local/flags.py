@@ -10,6 +10,7 @@ import ast
 import csv
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -261,6 +262,36 @@ ALLOWED_VALUES = {
     "--hidden-dropout": {0.0},
 }
 
+# The least value of a number that was given; every other number that is read has to be finite.
+AT_LEAST = {
+    **dict.fromkeys(
+        (
+            "--rollout-batch-size --n-samples-per-prompt --global-batch-size --micro-batch-size --num-epoch "
+            "--num-steps-per-rollout --over-sampling-batch-size --max-tokens-per-gpu --log-probs-max-tokens-per-gpu "
+            "--save-interval --save-retain-interval --eval-interval --n-samples-per-eval-prompt "
+            "--rollout-max-response-len --rollout-max-context-len --rollout-max-prompt-len --eval-max-response-len "
+            "--eval-max-context-len --eval-max-prompt-len --sglang-server-concurrency --sglang-max-running-requests "
+            "--sglang-context-length --lr-decay-iters --lr-wsd-decay-iters"
+        ).split(),
+        1,
+    ),
+    **dict.fromkeys(
+        (
+            "--num-rollout --start-rollout-id --ckpt-step --ref-ckpt-step --seed --sglang-router-port --lr --min-lr "
+            "--lr-warmup-iters --lr-warmup-init --lr-warmup-fraction --weight-decay --clip-grad --eps-clip "
+            "--eps-clip-high --adam-beta1 --adam-beta2 --adam-eps --eval-temperature --eval-min-new-tokens"
+        ).split(),
+        0,
+    ),
+    "--rollout-top-k": -1,
+    "--eval-top-k": -1,
+}
+AT_MOST = {
+    **dict.fromkeys(("--sglang-router-port",), 65535),
+    **dict.fromkeys(("--adam-beta1", "--adam-beta2", "--lr-warmup-fraction", "--rollout-top-p", "--eval-top-p"), 1),
+    **dict.fromkeys(("--seed", "--rollout-seed"), 2**32 - 1),
+}
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -302,10 +333,28 @@ def parse_args(argv: list[str] | None = None, host: str = "local") -> argparse.N
         raise UsageError("\n".join(_unknown(rest)))
     args.given_flags = list(args.given_flags)
     args.ignored_flags = [flag for flag in args.given_flags if flag not in HONOURED] if host == "local" else []
+    _check_numbers(args)
     if host == "local":
         _refuse(args)
     derive(args)
     return args
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    dests = {flag.name: flag.dest for flag in load_flags()}
+    lines = []
+    for flag in args.given_flags:
+        value = getattr(args, dests[flag])
+        if flag not in HONOURED or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value):
+            lines.append(f"{flag} {value}: give a finite number")
+        elif value < AT_LEAST.get(flag, value):
+            lines.append(f"{flag} {value}: it must be {AT_LEAST[flag]} or more")
+        elif value > AT_MOST.get(flag, value):
+            lines.append(f"{flag} {value}: it must be {AT_MOST[flag]} or less")
+    if lines:
+        raise UsageError("\n".join(lines))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -390,8 +439,8 @@ def _converter(name: str) -> Any:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {text!r} ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {text[:80]!r} ({error})") from error
 
 
 def _human_int(text: str) -> int:
@@ -399,7 +448,7 @@ def _human_int(text: str) -> int:
     factors = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
     try:
         return int(float(text[:-1]) * factors[text[-1]]) if text[-1:] in factors else int(text)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"not a number: {text!r}") from error
 
 
@@ -494,8 +543,28 @@ def _apply_custom_config(args: argparse.Namespace) -> None:
     """Every key of the --custom-config-path YAML becomes an attribute of args, over whatever it was."""
     if not args.custom_config_path:
         return
+    flags = {flag.dest: flag for flag in load_flags() if flag.name in HONOURED}
     for key, value in _read_yaml("--custom-config-path", args.custom_config_path).items():
+        if key in flags and not _fits(flags[key], value):
+            raise UsageError(
+                f"--custom-config-path {args.custom_config_path}: {key} {str(value)[:40]!r} is no value of "
+                f"{flags[key].name}"
+            )
         setattr(args, key, value)
+
+
+def _fits(flag: Flag, value: Any) -> bool:
+    """Whether a YAML's value has the type that the flag's own values have."""
+    if value is None:
+        return flag.default == "None"
+    if flag.nargs:
+        return isinstance(value, list)
+    if "Store" in flag.action and flag.action != "Store":
+        return isinstance(value, bool)
+    least, most = AT_LEAST.get(flag.name, -math.inf), AT_MOST.get(flag.name, math.inf)
+    kinds = {"int": int, "float": int | float, "str": str, "": str}
+    fits = isinstance(value, kinds.get(flag.type, object)) and not (isinstance(value, bool) and flag.type != "bool")
+    return fits and (isinstance(value, str) or not isinstance(value, int | float) or least <= value <= most)
 
 
 def _derive_lengths(args: argparse.Namespace) -> None:
@@ -619,6 +688,15 @@ EVAL_FALLBACKS = {
 }
 
 
+EVAL_KINDS = {
+    **dict.fromkeys(("name", "path"), str),
+    **dict.fromkeys("custom_rm_path custom_generate_function_path input_key label_key tool_key".split(), str | None),
+    **dict.fromkeys("n_samples_per_eval_prompt top_k max_response_len min_new_tokens".split(), int | None),
+    **dict.fromkeys("temperature top_p repetition_penalty".split(), int | float | None),
+    "metadata_overrides": dict,
+}
+
+
 def eval_datasets(args: argparse.Namespace) -> list[EvalDataset]:
     """The data sets of --eval-config, else of --eval-prompt-data. Raises UsageError on a malformed one."""
     if args.eval_config:
@@ -633,6 +711,12 @@ def eval_datasets(args: argparse.Namespace) -> list[EvalDataset]:
         if unknown or "path" not in settings:
             what = f"unknown keys {', '.join(unknown)}" if unknown else "no path"
             raise UsageError(f"--eval-config {args.eval_config}: data set {row.get('name')!r} has {what}")
+        wrong = [name for name, value in settings.items() if not isinstance(value, EVAL_KINDS.get(name, object))]
+        if wrong:
+            raise UsageError(
+                f"--eval-config {args.eval_config}: data set {row.get('name')!r}: {wrong[0]} cannot be "
+                f"{str(settings[wrong[0]])[:40]!r}"
+            )
         datasets.append(EvalDataset(**settings))
     args.eval_prompt_data = [word for dataset in datasets for word in (dataset.name, dataset.path)] or None
     return datasets
@@ -651,10 +735,15 @@ def _eval_config(path: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     config = config.get("eval", config)
     datasets = config.get("datasets") if isinstance(config, dict) else None
     if isinstance(datasets, dict):
-        datasets = [{"name": name, **(settings or {})} for name, settings in datasets.items()]
+        pairs = datasets.items()
+        datasets = [{"name": name, **settings} for name, settings in pairs if isinstance(settings, dict)]
+        datasets = datasets if len(datasets) == len(pairs) else []
     if not datasets or not all(isinstance(row, dict) and "name" in row for row in datasets):
         raise UsageError(f"--eval-config {path}: eval.datasets must list data sets, each with a name and a path")
-    return datasets, dict(config.get("defaults") or {})
+    defaults = config.get("defaults") or {}
+    if not isinstance(defaults, dict):
+        raise UsageError(f"--eval-config {path}: eval.defaults must be keys and values")
+    return datasets, defaults
 
 
 def _eval_fallbacks(args: argparse.Namespace) -> dict[str, Any]:
@@ -670,8 +759,8 @@ def _read_yaml(flag: str, path: str) -> dict[str, Any]:
         raise UsageError(f"{flag} {path}: no such file")
     try:
         value = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f"{flag} {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UsageError(f"{flag} {path}: expected keys and values at the top")
     return value

@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 import torch
 
+from slime_local import checkpoint
 from slime_local.data import load_tokenizer
 from slime_local.engine import Engine
 from slime_local.errors import UsageError
@@ -58,14 +59,17 @@ class Run:
 def train(args: Namespace) -> None:
     """Run from the first rollout (or the one after the checkpoint's) to the last. Raises UsageError."""
     _seed(args.seed)
-    run = _prepare(args)
-    first = _resume(run)
-    with _engine(run):
-        if run.num_rollout == 0 and args.eval_interval is not None:
-            _evaluate(run, 0)
-        for rollout_id in range(first, run.num_rollout):
-            _one_rollout(run, rollout_id)
-    run.tracker.close()
+    with checkpoint.sole_writer(args.save):
+        run = _prepare(args)
+        first = _resume(run)
+        with _engine(run):
+            if run.num_rollout == 0 and args.eval_interval is not None:
+                _evaluate(run, 0)
+            if _evaluation_is_owed(run, first):
+                _evaluate(run, first - 1)
+            for rollout_id in range(first, run.num_rollout):
+                _one_rollout(run, rollout_id)
+        run.tracker.close()
     _print_summary(run, first)
 
 
@@ -94,6 +98,7 @@ def _resume(run: Run) -> int:
     if run.trainer is None:
         return run.args.start_rollout_id or 0
     first = run.trainer.load()
+    run.tracker.continue_at(_first_steps(run.args, first))
     run.args.start_rollout_id = first
     state = run.trainer.loaded_extra.get("data_source")
     if state is not None and hasattr(run.data_source, "load_state_dict"):
@@ -103,6 +108,22 @@ def _resume(run: Run) -> int:
     if first > 0:
         print(f"continuing at rollout {first} of {run.num_rollout}", flush=True)
     return first
+
+
+def _first_steps(args: Namespace, rollout_id: int) -> dict[str, int]:
+    """Of each kind of row in metrics.jsonl, the first step that belongs to `rollout_id`."""
+    steps = args.rollout_batch_size * args.n_samples_per_prompt // args.global_batch_size
+    rollout_step = _rollout_step(args, rollout_id)
+    return {"train/step": rollout_id * steps, "rollout/step": rollout_step, "eval/step": rollout_step}
+
+
+def _evaluation_is_owed(run: Run, first: int) -> bool:
+    """Whether the run was ended between a checkpoint and the evaluation that follows it."""
+    args, last = run.args, first - 1
+    if first == 0 or args.debug_train_only or not is_due(last, args.eval_interval, run.rollouts_per_epoch):
+        return False
+    before_training = last == 0 and not args.skip_eval_before_train
+    return run.tracker.count("eval/step", _rollout_step(args, last)) < 1 + before_training
 
 
 # ---- Engine --------------------------------------------------------------------------------------------------
@@ -248,15 +269,15 @@ def _train(run: Run, rollout_id: int, samples: list[Sample]) -> dict[str, float]
 def _save(run: Run, rollout_id: int) -> None:
     if run.trainer is None:
         return
+    saved = []
+    if run.args.save_hf:  # first: a run that is ended in between makes both again, and none is ever missing
+        path = run.args.save_hf.format(rollout_id=rollout_id)
+        saved.append(str(save_hf(run.model, path, run.args.hf_checkpoint)))
     has_state = hasattr(run.data_source, "state_dict")
     folder = run.trainer.save(rollout_id, {"data_source": run.data_source.state_dict()} if has_state else {})
     if not has_state and hasattr(run.data_source, "save"):
         run.data_source.save(rollout_id)
-    saved = [str(folder)]
-    if run.args.save_hf:
-        path = run.args.save_hf.format(rollout_id=rollout_id)
-        saved.append(str(save_hf(run.model, path, run.args.hf_checkpoint)))
-    print(f"saved {', '.join(saved)}", flush=True)
+    print(f"saved {', '.join([str(folder), *saved])}", flush=True)
 
 
 def _evaluate(run: Run, rollout_id: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -17,13 +18,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slime_local.attention import attend_paths
-from slime_local.errors import UsageError
-from slime_local.hf_folder import check_hf_folder, weight_files
+from slime_local.errors import UsageError, one_line
+from slime_local.hf_folder import check_hf_folder, read_safetensors_header, weight_files
 from slime_local.prefixes import share_prefixes
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -257,7 +258,11 @@ def load_config(path: str | os.PathLike):
     """The HF config of a folder; UsageError for families this host does not run."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(check_hf_folder(path), trust_remote_code=False)
+    folder = check_hf_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the file's values decide what transformers raises
+        raise UsageError(f"{path}: transformers cannot read its config.json ({one_line(error)})") from error
     if config.model_type not in FAMILIES:
         raise UsageError(f"{path}: model type {config.model_type!r} is not one of {', '.join(FAMILIES)}")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -271,12 +276,30 @@ def load_model(
 ) -> Transformer:
     """The model of an HF folder. `dtype` is the compute dtype (default: the faster one here); parameters are fp32."""
     config = load_config(path)
+    check_size(config, Path(path))
     device = torch.device(device) if device is not None else pick_device()
-    with torch.device("meta"):
-        model = Transformer(config, dtype or pick_dtype(device))
+    try:
+        with torch.device("meta"):
+            model = Transformer(config, dtype or pick_dtype(device))
+    except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path}: its config.json describes no model ({one_line(error)})") from error
     model.to_empty(device=device)
     load_weights(model, path)
     return model
+
+
+def check_size(config, path: Path) -> None:
+    """Raises UsageError where the config speaks of more layers or a larger vocabulary than the weights have: a model
+    of that size must not be built to find it out."""
+    tensors = {name: t for file in weight_files(path) for name, t in read_safetensors_header(path / file).items()}
+    layers = {name.split(".")[2] for name in tensors if re.match(r"model\.layers\.\d+\.", name)}
+    embedding = tensors.get("model.embed_tokens.weight", {}).get("shape")
+    found = {"num_hidden_layers": len(layers), "[vocab_size, hidden_size]": embedding}
+    said = {"num_hidden_layers": config.num_hidden_layers}
+    said["[vocab_size, hidden_size]"] = [config.vocab_size, config.hidden_size]
+    for name, value in said.items():
+        if value != found[name]:
+            raise UsageError(f"{path}: config.json says {name} {value}, the weights have {found[name]}")
 
 
 @torch.no_grad()
@@ -366,6 +389,7 @@ def save_hf(model: Transformer, out_dir: str | os.PathLike, source_dir: str | os
     """Write an HF folder: weights in the compute dtype, config and tokenizer from `source_dir`. All or nothing."""
     out, source = Path(out_dir), Path(source_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         save_file(dict(hf_tensors(model)), work / "model.safetensors", metadata={"format": "pt"})
@@ -378,9 +402,19 @@ def save_hf(model: Transformer, out_dir: str | os.PathLike, source_dir: str | os
                 shutil.copy(source / name, work / name)
         work.chmod(0o755)
         replace_folder(work, out)
+    except SafetensorError as error:  # its words for a full disk
+        raise OSError(f"{out}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def remove_leftovers(out: Path) -> None:
+    """The temporary folders beside `out` that a killed `save_hf` has left."""
+    name = re.compile(rf"\.{re.escape(out.name)}-(old-)?[a-z0-9_]{{8}}")
+    for folder in out.parent.iterdir():
+        if name.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def replace_folder(new: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import json
 import socket
 import sys
 import threading
@@ -19,23 +20,56 @@ from collections.abc import Iterator
 from slime_local.errors import UsageError
 
 MAX_REQUEST_BYTES = 16 * 2**20
+MAX_REQUESTS = 1024  # that are read, wait or run; what comes on top is answered 503 before its body is read
+BODY_SECONDS = 60.0  # in which a request's body has to arrive
+LONGEST_RID = 200  # characters of a request's own name
 
 
-def make_app(engine, model_path: str):
+def make_app(engine, model_path: str, max_requests: int = MAX_REQUESTS, body_seconds: float = BODY_SECONDS):
     """The aiohttp application over an Engine."""
     from aiohttp import web
 
     from slime_local.engine import RequestError
 
-    async def generate(request):
+    held = 0
+
+    def refuse(status: int, message: object):
+        return web.json_response({"error": {"message": str(message)}}, status=status)
+
+    async def read_object(request) -> dict:
+        """The body. Raises RequestError when it is no JSON object or does not arrive."""
         try:
-            return web.json_response(await engine.generate(await request.json()))
-        except ValueError as error:  # not JSON
-            return web.json_response({"error": {"message": f"the body is not JSON: {error}"}}, status=400)
+            value = json.loads(await asyncio.wait_for(request.read(), body_seconds) or b"{}")
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the body is not JSON: {error}") from None
+        except TimeoutError:
+            raise RequestError(f"the body did not arrive within {body_seconds:g} s") from None
+        if not isinstance(value, dict):
+            raise RequestError("the request body must be a JSON object")
+        if not isinstance(value.get("rid") or "", str) or len(value.get("rid") or "") > LONGEST_RID:
+            raise RequestError(f"rid must be a text of at most {LONGEST_RID} characters")
+        return value
+
+    async def generate(request):
+        nonlocal held
+        if held >= max_requests:
+            return refuse(503, f"{held} requests are waiting: try again later")
+        held += 1
+        try:
+            return web.json_response(await engine.generate(await read_object(request)))
         except RequestError as error:
-            return web.json_response({"error": {"message": str(error)}}, status=400)
+            return refuse(400, error)
         except RuntimeError as error:
-            return web.json_response({"error": {"message": str(error)}}, status=503)
+            return refuse(503, error)
+        finally:
+            held -= 1
+
+    @web.middleware
+    async def no_browsers(request, handler):
+        """A page that somebody reads on this machine must not reach the engine: browsers name the page's origin."""
+        return (
+            refuse(403, "requests of web pages are refused") if "Origin" in request.headers else await handler(request)
+        )
 
     async def health(request):
         return web.Response(status=503 if engine.failure else 200)
@@ -53,7 +87,10 @@ def make_app(engine, model_path: str):
         )
 
     async def abort(request):
-        body = await request.json() if request.can_read_body else {}
+        try:
+            body = await read_object(request)
+        except RequestError as error:
+            return refuse(400, error)
         engine.abort(None if body.get("abort_all", True) and not body.get("rid") else body.get("rid"))
         return web.Response()
 
@@ -65,7 +102,7 @@ def make_app(engine, model_path: str):
             {"loads": [{"num_reqs": engine.num_requests, "num_running_reqs": engine.num_requests}]}
         )
 
-    app = web.Application(client_max_size=MAX_REQUEST_BYTES)
+    app = web.Application(client_max_size=MAX_REQUEST_BYTES, middlewares=[no_browsers])
     app.router.add_post("/generate", generate)
     app.router.add_post("/abort_request", abort)
     for path, handler in {
@@ -88,6 +125,9 @@ def bind(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+    except (OverflowError, UnicodeError):
+        sock.close()
+        raise UsageError(f"cannot listen on {host}:{port}: ports go from 0 to 65535, hosts are names") from None
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
@@ -148,16 +188,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    from slime_local.data import load_tokenizer
     from slime_local.hf_folder import check_hf_folder
 
+    if args.context_length < 2 or args.max_running_requests < 1 or args.seed < 0:
+        raise UsageError("--context-length must be 2 or more, --max-running-requests 1 or more, --seed 0 or more")
     check_hf_folder(args.model_path)
     bind(args.host, args.port).close()  # a busy port is told before the model loads
-    from transformers import AutoTokenizer
-
     from slime_local.engine import Engine
     from slime_local.model import load_model
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model_path, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.model_path)
     model = load_model(args.model_path)
     options = {"seed": args.seed, "own_thread": False}
     engine = Engine(model, tokenizer, args.context_length, args.max_running_requests, **options)

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from slime_local.data import load_tokenizer
-from slime_local.errors import UsageError
+from slime_local.errors import UsageError, one_line
 from slime_local.masks import LossMasker, response_length
 from slime_local.sample import Sample
 
@@ -32,7 +32,12 @@ def _masker(path: str, kind: str) -> LossMasker:
 
 
 def _fill(sample: Sample, masker: LossMasker) -> None:
-    ids, mask = masker.mask(sample.prompt, tools=sample.metadata.get("tools"))
+    try:
+        ids, mask = masker.mask(sample.prompt, tools=sample.metadata.get("tools"))
+    except Exception as error:  # the template decides what it raises
+        raise UsageError(
+            f"dialogue {sample.index} cannot be rendered by the chat template: {one_line(error)}"
+        ) from error
     length = response_length(mask)
     if length == 0:
         raise UsageError(f"dialogue {sample.index} has no assistant turn to train")

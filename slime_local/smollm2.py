@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slime_local.errors import UsageError
+from slime_local.errors import UsageError, os_error_line
 
 TEMPLATE = Path(__file__).with_name("smollm2_chat_template.jinja")
 
@@ -36,9 +36,14 @@ def ensure_smollm2(out_dir: str | os.PathLike) -> Path:
     out = Path(out_dir)
     if not (out / "config.json").exists():
         convert(find_gguf(), out)
-    elif (out / "chat_template.jinja").read_text() != TEMPLATE.read_text():
+    elif not _has_our_template(out):
         raise UsageError(f"{out} was converted with another chat template: remove the folder and run again")
     return out
+
+
+def _has_our_template(out: Path) -> bool:
+    path = out / "chat_template.jinja"
+    return path.is_file() and path.read_bytes() == TEMPLATE.read_bytes()
 
 
 def convert(gguf: Path, out: Path) -> None:
@@ -74,6 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --out {args.out} cannot be written: {os_error_line(error)}", file=sys.stderr)
         return 2
 
 

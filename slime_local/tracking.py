@@ -36,6 +36,33 @@ class Tracker:
         if self.wandb is not None:
             self.wandb.log({**numbers, "step": step})
 
+    def continue_at(self, first: dict[str, int]) -> None:
+        """Take the rows out of metrics.jsonl that a resumed run is going to write again: those at or behind the step
+        that `first` names for their kind, and a line that a kill tore."""
+        rows = self._rows()
+        kept = [row for row in rows if all(row.get(kind, -1) < step for kind, step in first.items())]
+        if self.file is not None and self.file.exists():
+            partial = self.file.with_name(f"{self.file.name}.tmp")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial.replace(self.file)
+
+    def count(self, kind: str, step: int) -> int:
+        """Rows in metrics.jsonl whose `kind` is `step`; 1 where there is no such file to ask."""
+        return sum(row.get(kind) == step for row in self._rows()) if self.file is not None else 1
+
+    def _rows(self) -> list[dict[str, float | None]]:
+        """The whole lines of metrics.jsonl."""
+        if self.file is None or not self.file.exists():
+            return []
+        rows = []
+        for line in self.file.read_text(errors="replace").split("\n"):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            rows += [row] if isinstance(row, dict) else []
+        return rows
+
     def _append(self, row: dict[str, float | None]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as file:

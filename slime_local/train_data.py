@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from slime_local.errors import UsageError
+from slime_local.errors import UsageError, one_line
 from slime_local.generate import known_reward
 from slime_local.plugins import load_function
 from slime_local.sample import Sample
@@ -37,7 +37,11 @@ def post_process_rewards(args: Any, samples: list[Sample]) -> tuple[list[float],
     A group is the samples of one `group_index`, whatever their number.
     """
     if args.custom_reward_post_process_path:
-        return load_function(args.custom_reward_post_process_path)(args, samples)
+        path = args.custom_reward_post_process_path
+        try:
+            return load_function(path)(args, samples)
+        except RuntimeError as error:  # slime's way for a plug-in to end the job: its words are for the user
+            raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
     raw = [known_reward(sample.get_reward_value(args), sample) for sample in samples]
     if args.advantage_estimator not in GROUP_NORMALISED or not args.rewards_normalization:
         return raw, raw
@@ -131,25 +135,26 @@ def save_plain(template: str, rollout_id: int | str, value: dict[str, Any]) -> P
     path = Path(template.format(rollout_id=rollout_id))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.tmp")
-    torch.save({"rollout_id": rollout_id, **value}, partial)
+    try:
+        torch.save({"rollout_id": rollout_id, **value}, partial)
+    except RuntimeError as error:  # its words for a full disk
+        raise OSError(f"{partial}: {str(error).splitlines()[0]}") from error
     partial.replace(path)
     return path
 
 
 def load_debug_samples(template: str, rollout_id: int, share: float | None = None) -> list[Sample]:
     """The samples of such a file; with `share` that part of them, half from its start and half from its end."""
-    import pickle
-
     import torch
 
     path = Path(template.format(rollout_id=rollout_id))
     if not path.is_file():
         raise UsageError(f"--load-debug-rollout-data: no file {path}")
     try:
-        rows = torch.load(path, weights_only=True)["samples"]
-    except (pickle.UnpicklingError, KeyError, RuntimeError) as error:
-        raise UsageError(f"--load-debug-rollout-data {path} is not a rollout's samples: {error}") from error
+        samples = [Sample.from_dict(row) for row in torch.load(path, weights_only=True)["samples"]]
+    except Exception as error:  # the file's bytes decide what torch raises
+        raise UsageError(f"--load-debug-rollout-data {path} is not a rollout's samples: {one_line(error)}") from error
     if share is not None:
-        count = int(len(rows) * share)
-        rows = rows[: count // 2] + rows[len(rows) - (count - count // 2) :]
-    return [Sample.from_dict(row) for row in rows]
+        count = int(len(samples) * share)
+        samples = samples[: count // 2] + samples[len(samples) - (count - count // 2) :]
+    return samples

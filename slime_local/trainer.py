@@ -260,6 +260,8 @@ class Trainer:
 
     def _resume(self, location: checkpoint.Location) -> int:
         state = checkpoint.read_state(location)
+        if missing := {"schedule", "random", "optimizer_steps", "skipped_steps", "extra"} - state.keys():
+            raise UsageError(f"{location}/state.pt holds no {', '.join(sorted(missing))}: choose an older iteration")
         if not self.args.no_load_optim:
             self._load_optimizer(location)
             self.schedule.load_state_dict(state["schedule"])

@@ -279,4 +279,4 @@ def test_log_hooks_add_to_what_slime_logs_and_let_it_go_on():
 def test_partial_score_reads_what_run_episode_writes():
     task = load_tasks("telecom", "test")[0]
     episode = asyncio.run(run_episode(task, DoNothing(), EpisodeConfig()))
-    assert set(episode.checks) == {"action_checks", "communicate_checks", "env_assertions", "reward_basis"}
+    assert set(episode.checks) == {*"action_checks communicate_checks env_assertions reward_basis given_up".split()}

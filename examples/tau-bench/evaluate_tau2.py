@@ -20,9 +20,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import signal
 import statistics
@@ -38,7 +40,7 @@ from tqdm import tqdm
 
 import chat_agent
 from generate_with_tau import TURN_TOKENS, TokenAgent, TokenLimits, close_session, model_context, sampling_seed
-from model_server import Server, check_checkpoint, fingerprint, running_server
+from model_server import Server, check_checkpoint, fingerprint, running_server, weights_changed
 from openai_tool_adapter import ChatTemplate, load_chat_template
 from tau2_episode import (
     PROMPTS,
@@ -65,6 +67,7 @@ from tau2_users import customer_name
 CHECKPOINT = "checkpoint"
 TRIES = 3  # of an episode that the machinery broke
 PROGRESS_SECONDS = 30  # between lines in a log
+MOST = {"num_trials": 10_000, "sglang_port": 65535}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -116,7 +119,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _json_object(text: str) -> dict:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
         if isinstance(value, dict):
             return value
@@ -128,13 +131,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server we started is stopped
     try:
         command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
-        return COMMANDS[command](rest)
+        return run_command(rest) if command == "run" else _read_only(COMMANDS[command], rest)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; the same command continues", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130
+
+
+def _read_only(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """A command that only reads results: what it cannot make sense of is a damaged file."""
+    try:
+        return command(argv)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadInput(f"a result among {' '.join(argv)[:200]} is damaged or of another version ({reason})") from error
 
 
 def compare_command(argv: Sequence[str]) -> int:
@@ -189,10 +205,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    for flag in ("num_trials", "max_concurrency", "max_turn_tokens"):
-        if getattr(args, flag) < 1:
-            raise BadInput(f"--{flag.replace('_', '-')} must be at least 1")
-    if args.temperature < 0:
+    for flag in ("num_trials", "max_concurrency", "max_turn_tokens", "max_context_len", "sglang_port"):
+        if getattr(args, flag) is not None and not 1 <= getattr(args, flag) <= MOST.get(flag, math.inf):
+            most = f" and at most {MOST[flag]:,}" if flag in MOST else ""
+            raise BadInput(f"--{flag.replace('_', '-')} must be at least 1{most}")
+    if not 0 <= args.temperature < math.inf:
         raise BadInput("--temperature must be 0 or more")
     deterministic = args.temperature == 0 and args.user == "scripted" and not args.redraw_ids
     if deterministic and args.num_trials > 1 and args.agent == CHECKPOINT:
@@ -205,7 +222,7 @@ def check_args(args: argparse.Namespace) -> None:
         check_checkpoint(Path(args.checkpoint))
     if args.agent == chat_agent.CHAT:
         chat_agent.make_endpoint(args)
-    if not Path(args.output_path).parent.is_dir():
+    if not os.path.isdir(Path(args.output_path).parent):
         raise BadInput(f"--output-path {args.output_path}: no folder {Path(args.output_path).parent}")
 
 
@@ -262,11 +279,12 @@ def run_owed(args: argparse.Namespace, config: EpisodeConfig, owed: list, rows: 
     """Run the owed episodes and add their rows. Gives those that stayed broken."""
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        make_agent, alive = _scripted(args), lambda: True
+        make_agent, alive, changed = _scripted(args), lambda: True, lambda: None
         if args.agent == CHECKPOINT:
             template = load_chat_template(args.checkpoint)
             server = stack.enter_context(running_server(args))
             make_agent, alive = token_agents(args, template, server), server.alive
+            changed = functools.partial(weights_changed, server, args.checkpoint, rows.settings["model"])
         if args.agent == chat_agent.CHAT:
             make_agent, preflight = chat_agent.make_chat_agents(args)
             preflight()
@@ -276,7 +294,7 @@ def run_owed(args: argparse.Namespace, config: EpisodeConfig, owed: list, rows: 
             await rows.add({**row, "run": rows.runs, "minutes": round((time.monotonic() - began) / 60, 3)})
             bar.advance(row["solved"])
 
-        failures = asyncio.run(run_all(args, config, owed, make_agent, alive, finished))
+        failures = asyncio.run(run_all(args, config, owed, make_agent, alive, changed, finished))
         if failures and not alive():
             print(server.last_words(), file=sys.stderr)
     return failures
@@ -294,8 +312,8 @@ def token_agents(args: argparse.Namespace, template: ChatTemplate, server: Serve
 
     def make(task_id: str, trial: int) -> TokenAgent:
         seed = {"sampling_seed": sampling_seed(args.seed, task_id, trial)} if args.temperature > 0 else {}
-        own = {**params, **seed}
-        return TokenAgent(template, f"{server.url}/generate", own, limits)
+        version = server.model_info.get("weight_version")
+        return TokenAgent(template, f"{server.url}/generate", {**params, **seed}, limits, weight_version=version)
 
     return make
 
@@ -306,22 +324,30 @@ async def run_all(
     owed: list,
     make_agent: Callable[[str, int], Any],
     alive: Callable[[], bool],
+    changed: Callable[[], str | None],
     finished: Callable[[dict], Awaitable[None]],
 ) -> list[Failure]:
+    """Those that stayed broken. Nothing is recorded once `changed` says that other weights are answering."""
     limit = asyncio.Semaphore(args.max_concurrency)
+    wrong: list[str] = []
 
     async def one(task: Any, trial: int) -> Failure | None:
         async with limit:
             await asyncio.sleep(0)  # one begins at a time: those that have begun reach the server meanwhile
             for _ in range(TRIES):
+                if wrong:
+                    return Failure(task.id, trial, wrong[0])
                 agent = make_agent(task.id, trial)
                 episode = await run_episode(task, agent, config, seed=args.seed + trial)
+                if problem := await asyncio.to_thread(changed):
+                    wrong.append(problem)
+                    continue
                 if not episode.end_reason.is_infrastructure:
                     await finished(episode_row(episode, agent, trial))
                     return None
                 if not alive():
                     break
-            return Failure(task.id, trial, f"{episode.end_reason.value}: {episode.detail}")
+            return Failure(task.id, trial, wrong[0] if wrong else f"{episode.end_reason.value}: {episode.detail}")
 
     try:
         done = await asyncio.gather(*(one(task, trial) for task, trial in longest_first(owed)))

@@ -59,6 +59,8 @@ ATTEMPTS = 3
 FIRST_WAIT = 0.5  # seconds, doubled after each failed attempt
 TURN_TOKENS = 1024
 GENERATE_TIMEOUT = 900.0
+LARGEST_ANSWER = 64 * 2**20  # bytes; 100,000 tokens with log-probs take 5 MB
+LARGEST_LOG_PROB = 1e-3  # rounding of 0
 SETTINGS = [
     f"tau2_{name}"
     for name in (
@@ -124,7 +126,8 @@ class TokenAgent:
     """A policy behind an SGLang `/generate` address; keeps the exact ids of the episode.
 
     The prompt is rendered once. From then on ids are only appended: those sampled, as they came, and those of the new
-    messages alone. `sampling_params` is copied. `should_stop` is asked before each call.
+    messages alone. `sampling_params` is copied. `should_stop` is asked before each call. Where `weight_version` is
+    given, an answer of other weights ends the episode as generation_failed.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class TokenAgent:
         timeout: float = GENERATE_TIMEOUT,
         payload: dict | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        weight_version: str | None = None,
     ):
         self.template, self.url, self.limits, self.timeout = template, url, limits, timeout
         self.sampling_params = dict(sampling_params)
@@ -145,6 +149,8 @@ class TokenAgent:
         self.sampling_params["stop_token_ids"] = sorted({*stops, template.end_id})
         self.headers = {ROUTING_HEADER: session_id or str(uuid.uuid4())}
         self.payload, self.should_stop = dict(payload or {}), should_stop
+        self.weight_version = weight_version
+        self.vocab = model_vocab(template.tokenizer.name_or_path) or len(template.tokenizer)
         self.prompt_ids: list[int] = []
         self.turns: list[TurnTokens] = []
         self.asides = 0
@@ -229,10 +235,18 @@ class TokenAgent:
         }
         try:
             answer = await post_generate(self.url, payload, self.headers, self.timeout)
-            sampled, log_probs, meta_info = _read_answer(answer)
+            sampled, log_probs, meta_info = _read_answer(answer, self.vocab)
+            self._check_answer(sampled, meta_info, room)
         except GenerationError as error:
             raise EndEpisode(EndReason.GENERATION_FAILED, str(error)) from error
         return TurnTokens(before, sampled, log_probs, meta_info)
+
+    def _check_answer(self, sampled: list[int], meta_info: dict, room: int) -> None:
+        if len(sampled) > room:
+            raise GenerationError(f"the server gave {len(sampled)} tokens where {room} were asked for")
+        version = meta_info.get("weight_version")
+        if self.weight_version is not None and version is not None and str(version) != str(self.weight_version):
+            raise GenerationError(f"the server has other weights now (version {version}, not {self.weight_version})")
 
     def _check_finished(self, turn: TurnTokens, room: int) -> None:
         """Ends the episode when the model was aborted or did not close its turn."""
@@ -246,17 +260,26 @@ class TokenAgent:
             raise EndEpisode(reason, f"the turn did not end within {len(turn.sampled)} tokens")
 
 
-def _read_answer(answer: dict) -> tuple[list[int], list[float], dict]:
-    """Sampled ids and their log-probs from meta_info.output_token_logprobs, the one place that pairs them."""
+def _read_answer(answer: dict, vocab: int) -> tuple[list[int], list[float], dict]:
+    """Sampled ids (below `vocab`) and their log-probs from meta_info.output_token_logprobs, the one place that pairs
+    them, and the rest of meta_info. Raises GenerationError for any other answer: it must not be trained on."""
     try:
         meta_info = dict(answer["meta_info"])
         pairs = meta_info.pop("output_token_logprobs", None) or []
-        log_probs, ids = [float(pair[0]) for pair in pairs], [int(pair[1]) for pair in pairs]
-        meta_info["finish_reason"]["type"]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise GenerationError(f"the answer of /generate has an unknown form ({error!r})") from error
-    if not all(math.isfinite(value) for value in log_probs):
-        raise GenerationError("the server gave a log-prob that is not finite")
+        log_probs, ids = [float(pair[0]) for pair in pairs], [pair[1] for pair in pairs]
+        finish, counted = meta_info["finish_reason"]["type"], meta_info.get("completion_tokens")
+        for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
+            int(meta_info.get(name) or 0)
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise GenerationError(f"the answer of /generate has an unknown form ({str(error)[:100]!r})") from error
+    if not isinstance(finish, str):
+        raise GenerationError("the answer of /generate has a finish reason that is no text")
+    if not all(type(token) is int and 0 <= token < vocab for token in ids):
+        raise GenerationError(f"the server gave a token id that is not one of the model's {vocab}")
+    if not all(math.isfinite(value) and value <= LARGEST_LOG_PROB for value in log_probs):
+        raise GenerationError("the server gave a log-prob that is not finite, or above 0")
+    if type(counted) is int and counted != len(ids):
+        raise GenerationError(f"the server counted {counted} tokens and gave {len(ids)} log-probs")
     return ids, log_probs, meta_info
 
 
@@ -367,7 +390,7 @@ def _tasks_by_index(path: str) -> dict[int, dict]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
         return {row["index"]: row["metadata"]["task"] for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: not a tasks file of tau2_mock.py ({error!r})") from error
 
 
@@ -399,11 +422,21 @@ def token_limits(args: Any, sampling_params: dict, evaluation: bool) -> TokenLim
 @lru_cache(maxsize=8)
 def model_context(folder: str) -> int | None:
     """max_position_embeddings of an HF folder's config.json; None where there is none."""
+    return _from_config(folder, "max_position_embeddings")
+
+
+@lru_cache(maxsize=8)
+def model_vocab(folder: str) -> int | None:
+    """vocab_size of an HF folder's config.json, often more than its tokenizer has; None where there is none."""
+    return _from_config(folder, "vocab_size")
+
+
+def _from_config(folder: str, name: str) -> int | None:
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))[name]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return None
-    return config.get("max_position_embeddings")
+    return value if type(value) is int and value > 0 else None
 
 
 def _slime_is_aborting(args: Any) -> bool:

@@ -3,6 +3,18 @@
 #   HOST=local   this machine, no Ray: slime_local
 #   PRINT=1      print the command, one argument a line, and stop
 #   CHECK=1      check the command (train.py --check-only) and stop
+fail() { # one line, exit code 2
+   echo "error: $*" >&2
+   exit 2
+}
+
+whole_number() { # whole_number NAME VALUE...: fails unless VALUE is a whole number above 0
+   while [ $# -gt 1 ]; do
+      [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || fail "$1=$2: give a whole number above 0"
+      shift 2
+   done
+}
+
 EXAMPLE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$EXAMPLE/../.." && pwd) # this repository, or the slime checkout that the folder was copied into
 HOST=${HOST:-slime}
@@ -13,6 +25,15 @@ VENV=${TAU2_VENV:-$ROOT/.venv}
 if [ "$HOST" = local ] && [ -x "$VENV/bin/python" ]; then PYTHON=${PYTHON:-$VENV/bin/python}; fi
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$EXAMPLE:$ROOT${PYTHONPATH:+:$PYTHONPATH}
+[ "$HOST" = local ] || [ "$HOST" = slime ] || fail "HOST=$HOST: choose slime or local"
+command -v "$PYTHON" >/dev/null || fail "no $PYTHON on PATH: set PYTHON to Python 3.11 or newer"
+whole_number NUM_GPUS "$NUM_GPUS"
+
+model_args() { # MODEL_ARGS of $MODEL
+   [ -f "$ROOT/scripts/models/$MODEL.sh" ] ||
+      fail "MODEL=$MODEL: there is no scripts/models/$MODEL.sh; there are: $(cd "$ROOT/scripts/models" && echo *.sh | sed 's/\.sh//g')"
+   source "$ROOT/scripts/models/$MODEL.sh"
+}
 
 launch() { # launch ARG...: train.py with these arguments
    if [ "${PRINT:-0}" = 1 ]; then
@@ -22,6 +43,7 @@ launch() { # launch ARG...: train.py with these arguments
    elif [ "$HOST" = local ]; then
       "$PYTHON" "$ROOT/train.py" --host local "$@"
    else
+      command -v ray >/dev/null || fail "HOST=slime: no ray on PATH: run it in slime's image, or HOST=local"
       start_ray
       ray job submit --address "$RAY_ADDRESS" --runtime-env-json "$(runtime_env)" -- python3 "$ROOT/train.py" "$@"
    fi

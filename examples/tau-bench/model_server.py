@@ -10,7 +10,9 @@ hold, and how one is told from another.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
+import http.client
 import importlib.util
 import json
 import os
@@ -31,6 +33,7 @@ from typing import Any
 from tau2_episode import BadInput
 
 ANSWER_SECONDS = 10  # of a server to a question about itself
+LARGEST_INFO = 2**20  # bytes of its answer
 SERVER_MINUTES = 20  # to load and answer
 LOG_LINES = 20  # of a server that died
 PROGRESS_SECONDS = 30  # between lines in a log
@@ -47,12 +50,12 @@ CONVERTER = (
 
 def check_checkpoint(folder: Path) -> None:
     """Raises BadInput when `folder` is not an HF model folder; with the converting command for an iteration folder."""
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise BadInput(f"--checkpoint {folder}: no such folder")
     tracker = folder / "latest_checkpointed_iteration.txt"
     if tracker.is_file():
-        newest = tracker.read_text().strip()
-        iteration = folder / (f"iter_{int(newest):07d}" if newest.isdigit() else newest)
+        newest = tracker.read_text(encoding="utf-8", errors="replace").strip()[:40]
+        iteration = folder / (f"iter_{int(newest):07d}" if re.fullmatch("[0-9]{1,18}", newest) else newest)
         raise BadInput(_not_hf(folder, "a folder of training checkpoints", iteration))
     if re.fullmatch(r"iter_\d+", folder.resolve().name) or any(folder.glob("*.distcp")):
         raise BadInput(_not_hf(folder, "a training checkpoint, not a Hugging Face folder", folder))
@@ -123,7 +126,7 @@ def ask_model_info(url: str) -> dict | None:
     """What the server says it serves; None when nothing listens. Raises BadInput when something else answers."""
     try:
         return _get_json(f"{url}/model_info") or _get_json(f"{url}/get_model_info") or _not_a_server(url)
-    except (urllib.error.URLError, OSError) as error:
+    except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
         if isinstance(getattr(error, "reason", error), ConnectionRefusedError):
             return None
         raise BadInput(f"{url} is taken by something that does not answer as a model server ({error})") from None
@@ -134,8 +137,8 @@ def _get_json(url: str) -> dict | None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=ANSWER_SECONDS) as response:
-            value = json.loads(response.read())
-    except (urllib.error.HTTPError, ValueError):
+            value = json.loads(response.read(LARGEST_INFO))
+    except (urllib.error.HTTPError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -168,6 +171,7 @@ def started_server(args: Any, url: str) -> Iterator[Server]:
             env=environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
     server = Server(url, {}, process, log)
     try:
@@ -176,6 +180,30 @@ def started_server(args: Any, url: str) -> Iterator[Server]:
         yield server
     finally:
         stop(process)
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """In the new process: end it when this program is killed. A server left behind would hold the port, and answer the
+    next evaluation with weights that its folder no longer has."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def weights_changed(server: Server, checkpoint: str, before: str) -> str | None:
+    """What is different about the weights since the evaluation began; None when nothing is, or nobody answers.
+
+    before: the folder's `fingerprint` then."""
+    if fingerprint(Path(checkpoint)) != before:
+        return f"{checkpoint} holds other weights now"
+    with contextlib.suppress(BadInput):
+        info = ask_model_info(server.url) or {}
+        for name in ("model_path", "weight_version"):
+            if name in info and info[name] != server.model_info.get(name):
+                return f"the server at {server.url} has other weights now ({name} {info[name]})"
+    return None
 
 
 def server_command(args: Any) -> tuple[list[str], dict[str, str]]:
@@ -201,7 +229,7 @@ def wait_until_ready(server: Server) -> None:
     while True:
         if not server.alive():
             raise BadInput(server.last_words())
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, http.client.HTTPException):
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             with opener.open(f"{server.url}/health", timeout=ANSWER_SECONDS):
                 return

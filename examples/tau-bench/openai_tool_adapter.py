@@ -22,6 +22,7 @@ from tau2_episode import AgentToolCall, AgentTurn, BadInput
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 INVALID_CALL = "invalid_tool_call"
 LONG_TEXT = 1000  # characters; a longer text is mostly the system prompt, the same in every episode
+DEEPEST = 20  # levels of a call's arguments
 MAX_QUOTED = 400  # characters of a broken call that are kept in the record
 
 
@@ -79,7 +80,14 @@ def _split_calls(text: str) -> tuple[str, list[tuple[str, bool]]]:
 
 def _drop_thinking_block(text: str) -> str:
     """A tool call that the model only thought about is not a call."""
-    return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    kept, rest = [], text
+    while "</think>" in rest and "<think>" in rest:
+        before, _, thought = rest.partition("<think>")
+        if "</think>" not in thought:
+            break
+        kept.append(before)
+        rest = thought.partition("</think>")[2]
+    return "".join([*kept, rest])
 
 
 def _strip_thinking(text: str) -> str:
@@ -102,7 +110,7 @@ def _read_call(body: str, closed: bool, tools: Sequence[dict]) -> AgentToolCall:
         return _invalid(body, f"the tool call has no {CLOSE} or no {OPEN}: write {OPEN}, one JSON object, {CLOSE}")
     try:
         call = json.loads(body)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return _invalid(body, f"the tool call is not valid JSON ({str(error)[:80]})")
     return read_call(call, tools, body)
 
@@ -113,9 +121,9 @@ def read_call(call: Any, tools: Sequence[dict], said: str) -> AgentToolCall:
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return _invalid(said, 'the tool call is not an object with "name" and "arguments"')
     arguments, problem = _read_arguments(call.get("arguments", {}))
-    problem = problem or _check_against(call["name"], arguments, tools)
+    problem = problem or _unusable(arguments) or _check_against(call["name"], arguments, tools)
     if problem:
-        return replace(_invalid(said, problem), asked_for=call["name"])
+        return replace(_invalid(said, problem), asked_for=call["name"].encode(errors="replace").decode()[:60])
     return AgentToolCall(name=call["name"], arguments=arguments)
 
 
@@ -124,9 +132,30 @@ def _read_arguments(value: Any) -> tuple[dict, str | None]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return {}, '"arguments" is a string that is not valid JSON'
     return (value, None) if isinstance(value, dict) else ({}, '"arguments" is not a JSON object')
+
+
+def _unusable(arguments: dict) -> str | None:
+    """What JSON can hold and neither a tokenizer nor a file can: half a surrogate pair, a hundred nested lists."""
+    if _depth(arguments) > DEEPEST:
+        return f'"arguments" is nested more than {DEEPEST} deep'
+    try:
+        json.dumps(arguments, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return '"arguments" holds half of a surrogate pair'
+    return None
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, counted without recursion."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        children = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [child for group in children for child in group]
+    return depth
 
 
 def _check_against(name: str, arguments: dict, tools: Sequence[dict]) -> str | None:
@@ -358,6 +387,7 @@ def load_chat_template(path: str, template_kwargs_json: str = "{}") -> ChatTempl
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: no tokenizer could be loaded from there ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # a broken file raises what the library that reads it happens to raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadInput(f"{path}: no tokenizer could be loaded from there ({reason})") from error
     return ChatTemplate(tokenizer, json.loads(template_kwargs_json))

@@ -7,14 +7,17 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-CHECKPOINT=${CHECKPOINT:?the folder to evaluate: an HF folder (--save-hf), or an iteration folder of slime}
+[ -n "${CHECKPOINT:-}" ] || fail "set CHECKPOINT to the folder to evaluate: an HF folder (--save-hf), or an iteration folder of slime"
 HF_DIR=${HF_DIR:-/root/Qwen3-4B-Instruct-2507} # where the converter takes config and tokenizer from
 SLIME_DIR=${SLIME_DIR:-/root/slime}
 OUTPUT=${OUTPUT:-$(basename "$(dirname "$CHECKPOINT")")_$(basename "$CHECKPOINT").json}
 CUSTOMER=${CUSTOMER:-llm}
 PROMPT=${PROMPT:-official}
 
+whole_number NUM_TRIALS "${NUM_TRIALS:-1}" PORT "${PORT:-30000}"
 case $(basename "$CHECKPOINT") in iter_*)
+   [ -e "${CHECKPOINT}_hf/config.json" ] || [ -f "$SLIME_DIR/tools/convert_torch_dist_to_hf.py" ] ||
+      fail "$CHECKPOINT is an iteration folder, and SLIME_DIR=$SLIME_DIR holds no slime to convert it: set SLIME_DIR, or evaluate an HF folder"
    [ -e "${CHECKPOINT}_hf/config.json" ] || PYTHONPATH=$MEGATRON_DIR:$SLIME_DIR "$PYTHON" "$SLIME_DIR/tools/convert_torch_dist_to_hf.py" \
       --input-dir "$CHECKPOINT" --output-dir "${CHECKPOINT}_hf" --origin-hf-dir "$HF_DIR"
    CHECKPOINT=${CHECKPOINT}_hf

@@ -16,7 +16,9 @@ DATA_DIR=${DATA_DIR:-/root/tau2-telecom}
 CONFIG=${CONFIG:-$EXAMPLE/slime.yaml} # prompt and customer
 ROLLOUT_BATCH=${ROLLOUT_BATCH:-8}
 
-source "$ROOT/scripts/models/$MODEL.sh" # MODEL_ARGS
+model_args
+whole_number ROLLOUT_BATCH "$ROLLOUT_BATCH" NUM_ROLLOUT "${NUM_ROLLOUT:-1}" SAVE_INTERVAL "${SAVE_INTERVAL:-1}" \
+   EVAL_INTERVAL "${EVAL_INTERVAL:-1}" RESPONSE_LEN "${RESPONSE_LEN:-1}" CONTEXT_LEN "${CONTEXT_LEN:-1}"
 
 # The start is --ref-load, the newest SFT checkpoint (another one: --ref-ckpt-step N). An iteration folder as --load
 # would be silently passed over, and --load SFT_DIR would continue SFT's optimizer and its place in the data.

@@ -9,8 +9,6 @@ set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cd "$ROOT"
-bash scripts/setup_env.sh
-PYTHON=${TAU2_VENV:-.venv}/bin/python
 
 QUICK=${QUICK:-0}
 if [ "$QUICK" = 1 ]; then
@@ -27,6 +25,12 @@ MODEL_DIR=${MODEL_DIR:-runs/SmolLM2-135M-Instruct}
 SFT_DIR=$RUN_DIR/sft
 GRPO_DIR=$RUN_DIR/grpo
 PORT=${PORT:-30000}
+for name in SFT_ROLLOUTS GRPO_ROLLOUTS GRPO_BATCH EVAL_TASKS CONTEXT PORT; do
+   [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]] || { echo "error: $name=${!name}: give a whole number above 0" >&2 && exit 2; }
+done
+
+bash scripts/setup_env.sh
+PYTHON=${TAU2_VENV:-.venv}/bin/python
 
 export PYTHONPATH=$ROOT/examples/tau-bench:$ROOT${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

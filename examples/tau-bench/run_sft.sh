@@ -15,7 +15,8 @@ DATA_DIR=${DATA_DIR:-/root/tau2-telecom}
 PROMPT=${PROMPT:-official}
 TRACES=${TRACES:-$DATA_DIR/teacher_traces.jsonl}
 
-source "$ROOT/scripts/models/$MODEL.sh" # MODEL_ARGS
+model_args
+whole_number NUM_ROLLOUT "${NUM_ROLLOUT:-1}" SAVE_INTERVAL "${SAVE_INTERVAL:-1}"
 
 # --save needs --save-interval: Megatron's parser ends without it. --load is this run's own folder, so that the same
 # command continues an interrupted run; while it is empty, the weights come from --ref-load.

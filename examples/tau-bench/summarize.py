@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +22,18 @@ from tau2_results import read_result, write_json
 STAGES = ("base", "sft", "grpo")
 ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")
 EPISODES = {"results", "simulations", "tasks", "info"}  # stay where they are
+NEEDED = {
+    "metrics": dict,
+    "pass_at_1": int | float,
+    "avg_partial_score": int | float,
+    "floor_always_transfer": int | float | None,
+    "total_tasks": int,
+    "by_issue_type": dict,
+    "customer": dict,
+    "prompt": str,
+    "domain": str,
+    "task_split": str,
+}
 
 
 def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
@@ -30,18 +43,29 @@ def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
     for stage in STAGES:
         path = run_dir / f"eval_{stage}.json"
         if path.exists():
-            found = {key: value for key, value in read_result(path).items() if key not in EPISODES}
-            stages[stage] = {**found, "stage_minutes": minutes[stage] + minutes[f"eval_{stage}"]}
+            stages[stage] = {**read_numbers(path), "stage_minutes": minutes[stage] + minutes[f"eval_{stage}"]}
     if not stages:
         raise BadInput(f"no eval_base.json, eval_sft.json or eval_grpo.json in {run_dir}: run run_local.sh first")
     return stages
 
 
+def read_numbers(path: Path) -> dict[str, Any]:
+    """A result of evaluate_tau2.py without its episodes. Raises BadInput for any other file."""
+    result = read_result(path)
+    wrong = [name for name, kind in NEEDED.items() if not isinstance(result.get(name, ...), kind)]
+    if wrong:
+        raise BadInput(f"{path} is no result of evaluate_tau2.py ({wrong[0]}): remove it and evaluate again")
+    return {key: value for key, value in result.items() if key not in EPISODES}
+
+
 def read_minutes(path: Path) -> dict[str, float]:
     """Minutes per stage from lines "stage<TAB>seconds"; an interrupted stage has several, which add up."""
     minutes: dict[str, float] = defaultdict(float)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        stage, seconds = line.split("\t")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        stage, _, seconds = line.partition("\t")
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", seconds):
+            raise BadInput(f"{path}: {line[:40]!r} is no stage and its seconds: remove the line")
         minutes[stage] += float(seconds) / 60
     return minutes
 
@@ -72,13 +96,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _solved(issue: dict[str, Any] | None) -> str:
-    return "-" if issue is None else f"{issue['successes']}/{issue['total']}"
+    return "-" if not isinstance(issue, dict) else f"{issue.get('successes')}/{issue.get('total')}"
 
 
 def print_report(result: dict[str, Any], path: Path) -> None:
     last = list(result["stages"].values())[-1]
     print(table(result))
-    print(f"floor (always transfer): {result['floor']:.3f}   minutes in all: {result['minutes']}")
+    floor = "-" if result["floor"] is None else f"{result['floor']:.3f}"
+    print(f"floor (always transfer): {floor}   minutes in all: {result['minutes']}")
     print(f"customer: {json.dumps(result['customer'])}   prompt: {result['prompt']}")
     print(
         f"{last['total_tasks']} {last['domain']} {last['task_split']} tasks, greedy. "
@@ -93,10 +118,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         result = summary(read_stages(args.run_dir), read_minutes(args.run_dir / "minutes.tsv"))
+        write_json(args.run_dir / "summary.json", result)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_json(args.run_dir / "summary.json", result)
+    except OSError as error:
+        print(f"error: {error.filename or args.run_dir}: {error.strerror or error}", file=sys.stderr)
+        return 2
     print_report(result, args.run_dir / "summary.json")
     return 0
 

@@ -50,6 +50,7 @@ ALL_TASKS = "full"
 SPLIT_FOLDERS = {"airline": "airline", "retail": "retail", "telecom": "telecom", "telecom-workflow": "telecom"}
 PROMPTS = ("official", "short")
 INVALID_TOOL_CALL = "invalid_tool_call"
+HAND_OVER = "transfer_to_human_agents"
 STOP_POLL = 0.25  # seconds between looks whether an episode that waits for its customer is still wanted
 
 # The "short" profile, for models too small for the 5.8k-token policy: this system prompt, and tool results without the
@@ -602,7 +603,7 @@ async def run_episode(
     Whatever happens inside the episode becomes its `end_reason`; only BadInput (unusable settings) and
     asyncio.CancelledError leave this function."""
     config.validate()
-    task = _tau2().tasks.Task.model_validate(task) if isinstance(task, dict) else task
+    task = _read_task(task) if isinstance(task, dict) else task
     databases = None
     if config.redraw_ids:
         task, databases = redraw(task, seed)
@@ -612,6 +613,13 @@ async def run_episode(
             return await _Run(task, agent, config, seed, should_stop).run()
     finally:
         _redrawn_databases.reset(token)
+
+
+def _read_task(task: dict) -> Any:
+    try:
+        return _tau2().tasks.Task.model_validate(task)
+    except ValueError as error:  # pydantic's
+        raise BadInput(f"the task {str(task.get('id'))[:80]!r} is not one of tau2's: {_describe(error)}") from error
 
 
 class _RareFullCollections:
@@ -967,7 +975,7 @@ def _stop_reason(text: str) -> EndReason:
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _unusable(call: AgentToolCall) -> str | None:
@@ -1013,7 +1021,8 @@ def _without_dangling_call(messages: list) -> list:
 
 
 def _checks(task: Any, messages: list, reward_info: Any) -> dict[str, Any]:
-    """What partial credit reads. `official` is tau2's own action match, `sound` the one that cannot be gamed."""
+    """What partial credit reads. `official` is tau2's own action match, `sound` the one that cannot be gamed;
+    `given_up`: not solved, and handed over to a human needlessly."""
     gold = (task.evaluation_criteria.actions or []) if task.evaluation_criteria else []
     official = [check.action_match for check in reward_info.action_checks or []]
     action_checks = [
@@ -1027,7 +1036,16 @@ def _checks(task: Any, messages: list, reward_info: Any) -> dict[str, Any]:
             {"func_name": c.env_assertion.func_name, "met": c.met} for c in reward_info.env_assertions or []
         ],
         "reward_basis": [basis.value for basis in reward_info.reward_basis or []],
+        "given_up": reward_info.reward < 1 - SUCCESS_TOLERANCE and _handed_over(gold, messages),
     }
+
+
+def _handed_over(gold: list, messages: list) -> bool:
+    """Whether the agent gave the customer to a human where the task does not ask for it."""
+    failed = {m.id for m in messages if m.role == "tool" and m.error}
+    made = (call for m in messages for call in (getattr(m, "tool_calls", None) or []) if call.id not in failed)
+    called = any((call.name, call.requestor) == (HAND_OVER, "assistant") for call in made)
+    return called and not any(action.name == HAND_OVER for action in gold)
 
 
 def sound_matches(gold: list, messages: list) -> list[bool]:

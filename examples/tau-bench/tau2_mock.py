@@ -22,6 +22,7 @@ The official split is no stricter: 27 of the 74 train tasks, 13 of its 14 servic
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -86,20 +87,30 @@ def make_rows(domain: str, split: str, tasks: Iterable[Any]) -> list[dict]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Writes one JSON object a line, all or nothing. Raises BadInput when the file cannot be written."""
+    """Writes one JSON object a line, all or nothing. Raises BadInput when the file cannot be written, or when another
+    process is writing it."""
     partial = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)  # what a killed run has left
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(partial, path)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(partial, path)
+    except BlockingIOError as error:
+        raise BadInput(f"{path}: another process is writing it; wait for it or choose another file") from error
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def check_folder(folder: Path) -> None:
     """Raises BadInput when files cannot be made in `folder`, which need not exist yet. Creates nothing."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise BadInput(f"{str(folder)[:80]} cannot be a folder: {error.strerror}") from error
     if not nearest.is_dir():
         raise BadInput(f"{nearest} is a file, not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -110,7 +121,7 @@ def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSONL file. Raises BadInput when it is missing or empty or has a broken line (its number)."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise BadInput(f"{path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {error}") from error
@@ -123,7 +134,10 @@ def read_jsonl(path: Path) -> list[dict]:
 def _parse_line(path: Path, number: int, line: str) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{path}, line {number} holds half of a surrogate pair: it is no text") from error
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}, line {number} is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise BadInput(f"{path}, line {number} is not a JSON object")
@@ -139,7 +153,7 @@ def read_task_rows(path: Path) -> list[dict]:
         if (
             not isinstance(metadata, dict)
             or not isinstance(metadata.get("task"), dict)
-            or "id" not in metadata["task"]
+            or not isinstance(metadata["task"].get("id"), str)
         ):
             raise BadInput(f"{path}, row {number} holds no task under metadata.task: is it a file of tau2_mock.py?")
     return rows

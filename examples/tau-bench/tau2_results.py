@@ -20,7 +20,17 @@ from typing import Any
 from tau2_episode import BadInput, EpisodeConfig, results_header
 
 # Of the rows: raised when an episode's row changes its meaning, so that rows of both kinds are never mixed.
-ROWS_FORMAT = 2
+ROWS_FORMAT = 3
+ROW_KINDS = {
+    "task_id": str,
+    "trial": int,
+    "run": int,
+    "minutes": int | float,
+    "solved": bool,
+    "reward": int | float,
+    "partial_score": int | float,
+    **dict.fromkeys(("checks", "tokens", "user", "simulation"), dict),
+}
 OURS = ("results", "simulations", "num_trials", "prompt", "customer", "agent")  # that a result must have
 
 
@@ -48,7 +58,10 @@ class RowsFile:
     def __enter__(self) -> RowsFile:
         if self.output.exists() and not self.path.exists():
             raise BadInput(f"{self.output} exists, without the rows to continue from: choose another --output-path")
-        self.file = self.path.open("a+", encoding="utf-8")
+        try:
+            self.file = self.path.open("a+b", buffering=0)
+        except OSError as error:
+            raise BadInput(f"{self.path}: cannot be written ({error.strerror})") from None
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._read()
@@ -65,11 +78,11 @@ class RowsFile:
 
     def _read(self) -> None:
         self.file.seek(0)
-        text = self.file.read()
-        whole, _, torn = text.rpartition("\n")
+        data = self.file.read()
+        whole, _, torn = data.rpartition(b"\n")
         if torn:
-            self.file.truncate(len(text.encode()) - len(torn.encode()))
-        lines = whole.split("\n") if whole else []  # splitlines also splits at U+2028, which JSON leaves as it is
+            self.file.truncate(len(data) - len(torn))
+        lines = whole.split(b"\n") if whole else []  # not splitlines: JSON leaves U+2028 as it is
         if len(lines) < 2:  # no episode yet that other settings could be mixed with
             if lines:
                 self._parse(1, lines[0])
@@ -84,14 +97,14 @@ class RowsFile:
                 self.done[row["task_id"], row["trial"]] = row
         self.runs = 1 + max((row["run"] for row in self.done.values()), default=-1)
 
-    def _parse(self, number: int, line: str) -> dict:
+    def _parse(self, number: int, line: bytes) -> dict:
         """A line as an object that has what every line needs."""
-        needed = {"settings"} if number == 1 else {"task_id", "trial", "run", "simulation"}
+        needed = {"settings": dict} if number == 1 else ROW_KINDS
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
             raise BadInput(f"{self.path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict) or not needed <= set(row) or not isinstance(row.get("settings", {}), dict):
+        if not isinstance(row, dict) or not all(isinstance(row.get(key, row), kind) for key, kind in needed.items()):
             raise BadInput(f"{self.path}, line {number}: not written by this program; choose another --output-path")
         return row
 
@@ -108,8 +121,16 @@ class RowsFile:
         self.done[row["task_id"], row["trial"]] = row
 
     def _write(self, value: dict) -> None:
-        self.file.write(json.dumps(value, ensure_ascii=False) + "\n")
-        self.file.flush()
+        """The whole line, or none of it: a full disk must not leave a part that the next line would be added to."""
+        data = json.dumps(value, ensure_ascii=False).encode() + b"\n"
+        before = self.file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(data):
+                written += self.file.write(data[written:])
+        except OSError as error:
+            self.file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,5 +178,11 @@ def write_json(path: Path, value: dict) -> None:
     """Atomically: a reader sees the old file or the new one. A line a key, for indentation takes ten times as long."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     lines = [f"{json.dumps(key)}: {json.dumps(item, ensure_ascii=False)}" for key, item in value.items()]
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write("{\n" + ",\n".join(lines) + "\n}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

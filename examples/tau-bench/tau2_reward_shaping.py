@@ -15,7 +15,9 @@ assertion.
 What partial credit is not: an assertion that holds before anybody did anything (a transfer task's) gives its share for
 nothing. It does so for every sample of the group alike, and the group's mean takes it out again. Action checks give
 nothing for free: a check counts only for a call by the right side, without a tool error, with all arguments, once per
-call ("sound" matching). tau2_partial_matching: official selects tau2's own matcher for comparison; it can be gamed.
+call, and for none at all where the agent then gave an unsolved customer to a human whom the task does not need: every
+write tool and a hand-over would otherwise earn more than the hand-over ("sound" matching). tau2_partial_matching:
+official selects tau2's own matcher for comparison; it can be gamed.
 """
 
 from __future__ import annotations
@@ -49,8 +51,9 @@ def partial_score(checks: dict | None, matching: str = "sound") -> float:
     if matching not in MATCHINGS:
         raise ValueError(f"unknown matching {matching!r}; choose one of: {', '.join(MATCHINGS)}")
     checks = checks or {}
+    given_up = matching == "sound" and checks.get("given_up", False)
     met = {
-        "action": [check[matching] for check in checks.get("action_checks") or []],
+        "action": [check[matching] and not given_up for check in checks.get("action_checks") or []],
         "communicate": [check["met"] for check in checks.get("communicate_checks") or []],
         "assertion": [check["met"] for check in checks.get("env_assertions") or []],
     }

@@ -53,6 +53,9 @@ from tau2_teacher import STYLES, ScriptedTeacher
 HUB_REPO = "Jarrodbarnes/tau2-sft-v4-dataset"
 HUB_FILE = "blended_traces_v4.jsonl"
 TRIES = 3  # of an episode that the machinery broke
+CONTROL_TEXT = re.compile(r"<\|[^|<>]{1,40}\|>|</?(tool_call|tool_response|tools|think)>")
+MOST = 1_000_000  # episodes, or what else is counted on the command line
+ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +164,15 @@ def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter]
     draws = draw_tasks(sources, args.num_traces or args.epochs * len(sources), args.mix, args.seed)
     episodes = asyncio.run(run_teacher(draws, config, args.style, args.slip, args.seed, args.max_concurrency))
     dropped = Counter(f"not solved, {e.end_reason.value}" for e in episodes if not e.solved)
-    return [make_row(e, d, config) for e, d in zip(episodes, draws, strict=True) if e.solved], dropped
+    rows = [make_row(e, d, config) for e, d in zip(episodes, draws, strict=True) if e.solved]
+    kept = [row for row in rows if not holds_control_text(row["prompt"])]
+    dropped["control token in a text"] += len(rows) - len(kept)
+    return kept, +dropped
+
+
+def holds_control_text(messages: list[dict]) -> bool:
+    """Whether a customer or a tool wrote what a chat template could turn into a control token."""
+    return any(m["role"] in ("user", "tool") and CONTROL_TEXT.search(m["content"] or "") for m in messages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,6 +240,7 @@ def convert_dialogue(messages: Any, tool_names: set[str], keep_thinking: bool = 
     open_calls: list[dict] = []
     for message in messages:
         role, content = message["role"], message.get("content") or ""
+        _expect(isinstance(content, str) and isinstance(message.get("name", ""), str | None), "no message list")
         if role == "assistant":
             _expect(not open_calls, "tool call without result")
             turn = convert_turn(content, tool_names, len(converted), keep_thinking)
@@ -275,10 +287,11 @@ def _text_or_call(body: str, tool_names: set[str], number: int) -> dict:
         return {"content": body}
     try:
         action, end = json.JSONDecoder().raw_decode(body, start.start())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Dropped("broken JSON in a turn") from error
     _expect(CALL.search(body, end) is None, "several calls in a turn")
     name, arguments = action["name"], _arguments(action.get("arguments"))
+    _expect(isinstance(name, str), "unknown tool")
     if name in RESPOND_TOOLS:
         said = next((arguments[key] for key in RESPOND_KEYS if arguments.get(key)), None)
         _expect(isinstance(said, str), "empty turn")
@@ -292,7 +305,7 @@ def _arguments(value: Any) -> dict:
     if isinstance(value, str):
         try:
             value = json.loads(value or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Dropped("broken JSON in a turn") from error
     value = {} if value is None else value
     _expect(isinstance(value, dict), "arguments are no object")
@@ -322,7 +335,9 @@ def traces_from_hub(args: argparse.Namespace) -> tuple[list[dict], Counter]:
     rows, dropped = [], Counter()
     for row in source:
         try:
-            rows.append(convert_hub_row(row, args))
+            converted = convert_hub_row(row, args)
+            _expect(not holds_control_text(converted["prompt"]), "control token in a text")
+            rows.append(converted)
         except Dropped as reason:
             dropped[str(reason)] += 1
     return rows, dropped
@@ -336,7 +351,7 @@ def traces_from_hub(args: argparse.Namespace) -> tuple[list[dict], Counter]:
 def json_object(text: str) -> dict:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("not a JSON object")  # the text is not repeated: it may hold a key
@@ -348,6 +363,8 @@ def mix_weights(text: str) -> dict[str, int]:
     weights = {}
     for part in text.split(","):
         kind, _, number = part.partition("=")
+        if kind.strip() not in ISSUES:
+            raise argparse.ArgumentTypeError(f"{kind.strip()!r} is no issue type; they are: {', '.join(ISSUES)}")
         weights[kind.strip()] = positive(number)
     return weights
 
@@ -360,8 +377,12 @@ def share(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number from 1 to {MOST:,}")
     return value
 
 
