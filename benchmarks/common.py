@@ -19,6 +19,8 @@ import json
 import os
 import platform
 import shlex
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -343,6 +345,49 @@ def smollm2_dir() -> Path:
 
     cache = Path(os.environ.get("TAU2_CACHE") or ROOT / ".cache")
     return Path(ensure_smollm2(cache / "smollm2-135M-Instruct"))
+
+
+def tiny_model_dir(folder: Path) -> Path:
+    """A random llama (2 layers x 64) with SmolLM2's tokenizer, written to `folder`: TINY_ARGS describe it."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    source = smollm2_dir()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and not (folder / file.name).exists():
+            shutil.copy(file, folder)
+    return folder
+
+
+TINY_ARGS = (
+    "--swiglu --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention "
+    "--num-query-groups 2 --use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm "
+    "--norm-epsilon 1e-6 --rotary-base 10000 --vocab-size 49152"
+).split()
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """The environment of a process that runs this checkout's scripts offline."""
+    paths = os.pathsep.join([str(ROOT), str(EXAMPLE)])
+    return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True", **more}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

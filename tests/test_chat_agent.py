@@ -447,6 +447,13 @@ def test_rows_of_another_model_are_refused_and_untouched(evaluate, provider, cap
     assert len(provider.requests) == asked
 
 
+def test_rows_with_line_separators_in_a_text_are_read_again(evaluate, provider):
+    misbehave(provider, choice("Hello\u2028there\x85!"), 2, 2)
+    _, first = evaluate("--num-tasks", "1")
+    code, second = evaluate("--num-tasks", "1")
+    assert code == 0 and first["results"] == second["results"]
+
+
 def test_a_complete_run_asks_nobody(evaluate, provider, monkeypatch):
     _, first = evaluate("--num-tasks", "1")
     asked = len(provider.requests)

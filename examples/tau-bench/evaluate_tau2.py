@@ -279,7 +279,7 @@ def run_owed(args: argparse.Namespace, config: EpisodeConfig, owed: list, rows: 
     """Run the owed episodes and add their rows. Gives those that stayed broken."""
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        make_agent, alive, changed = _scripted(args), lambda: True, None
+        make_agent, alive, changed = _scripted(args), lambda: True, lambda: None
         if args.agent == CHECKPOINT:
             template = load_chat_template(args.checkpoint)
             server = stack.enter_context(running_server(args))
@@ -312,9 +312,8 @@ def token_agents(args: argparse.Namespace, template: ChatTemplate, server: Serve
 
     def make(task_id: str, trial: int) -> TokenAgent:
         seed = {"sampling_seed": sampling_seed(args.seed, task_id, trial)} if args.temperature > 0 else {}
-        own = {**params, **seed}
         version = server.model_info.get("weight_version")
-        return TokenAgent(template, f"{server.url}/generate", own, limits, weight_version=version)
+        return TokenAgent(template, f"{server.url}/generate", {**params, **seed}, limits, weight_version=version)
 
     return make
 
@@ -325,7 +324,7 @@ async def run_all(
     owed: list,
     make_agent: Callable[[str, int], Any],
     alive: Callable[[], bool],
-    changed: Callable[[], str | None] | None,
+    changed: Callable[[], str | None],
     finished: Callable[[dict], Awaitable[None]],
 ) -> list[Failure]:
     """Those that stayed broken. Nothing is recorded once `changed` says that other weights are answering."""
@@ -340,7 +339,7 @@ async def run_all(
                     return Failure(task.id, trial, wrong[0])
                 agent = make_agent(task.id, trial)
                 episode = await run_episode(task, agent, config, seed=args.seed + trial)
-                if problem := changed and await asyncio.to_thread(changed):
+                if problem := await asyncio.to_thread(changed):
                     wrong.append(problem)
                     continue
                 if not episode.end_reason.is_infrastructure:

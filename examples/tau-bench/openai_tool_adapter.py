@@ -21,8 +21,8 @@ from tau2_episode import AgentToolCall, AgentTurn, BadInput
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 INVALID_CALL = "invalid_tool_call"
-DEEPEST = 20  # levels of a call's arguments
 LONG_TEXT = 1000  # characters; a longer text is mostly the system prompt, the same in every episode
+DEEPEST = 20  # levels of a call's arguments
 MAX_QUOTED = 400  # characters of a broken call that are kept in the record
 
 

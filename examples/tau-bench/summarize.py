@@ -23,13 +23,12 @@ STAGES = ("base", "sft", "grpo")
 ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")
 EPISODES = {"results", "simulations", "tasks", "info"}  # stay where they are
 NEEDED = {
+    "metrics": dict,
     "pass_at_1": int | float,
-    "pass_at_1_stderr": int | float | None,
     "avg_partial_score": int | float,
     "floor_always_transfer": int | float | None,
     "total_tasks": int,
     "by_issue_type": dict,
-    "metrics": dict,
     "customer": dict,
     "prompt": str,
     "domain": str,
@@ -44,22 +43,21 @@ def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
     for stage in STAGES:
         path = run_dir / f"eval_{stage}.json"
         if path.exists():
-            found = {key: value for key, value in read_evaluation(path).items() if key not in EPISODES}
-            stages[stage] = {**found, "stage_minutes": minutes[stage] + minutes[f"eval_{stage}"]}
+            stages[stage] = {**read_numbers(path), "stage_minutes": minutes[stage] + minutes[f"eval_{stage}"]}
     if not stages:
         raise BadInput(f"no eval_base.json, eval_sft.json or eval_grpo.json in {run_dir}: run run_local.sh first")
     return stages
 
 
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """A result of evaluate_tau2.py. Raises BadInput for any other file."""
+def read_numbers(path: Path) -> dict[str, Any]:
+    """A result of evaluate_tau2.py without its episodes. Raises BadInput for any other file."""
     result = read_result(path)
-    missing = [name for name, kind in NEEDED.items() if not isinstance(result.get(name), kind)]
-    if not missing and not _is_interval(result["metrics"].get("pass_at_1")):
-        missing = ["interval of pass_at_1"]
-    if missing:
-        raise BadInput(f"{path} is no result of evaluate_tau2.py (no {missing[0]}): remove it and evaluate again")
-    return result
+    wrong = [name for name, kind in NEEDED.items() if not isinstance(result.get(name, ...), kind)]
+    if not wrong and not _is_interval(result["metrics"].get("pass_at_1")):
+        wrong = ["metrics"]
+    if wrong:
+        raise BadInput(f"{path} is no result of evaluate_tau2.py ({wrong[0]}): remove it and evaluate again")
+    return {key: value for key, value in result.items() if key not in EPISODES}
 
 
 def _is_interval(estimate: Any) -> bool:

@@ -82,7 +82,7 @@ class RowsFile:
         whole, _, torn = data.rpartition(b"\n")
         if torn:
             self.file.truncate(len(data) - len(torn))
-        lines = whole.split(b"\n") if whole else []
+        lines = whole.split(b"\n") if whole else []  # not splitlines: JSON leaves U+2028 as it is
         if len(lines) < 2:  # no episode yet that other settings could be mixed with
             if lines:
                 self._parse(1, lines[0])
@@ -123,8 +123,9 @@ class RowsFile:
     def _write(self, value: dict) -> None:
         """The whole line, or none of it: a full disk must not leave a part that the next line would be added to."""
         data = json.dumps(value, ensure_ascii=False).encode() + b"\n"
-        before, written = self.file.seek(0, os.SEEK_END), 0
+        before = self.file.seek(0, os.SEEK_END)
         try:
+            written = 0
             while written < len(data):
                 written += self.file.write(data[written:])
         except OSError as error:
