@@ -124,7 +124,7 @@ def record() -> None:
     from tau2_episode import load_tasks, run_episode
     from tau2_teacher import ScriptedTeacher
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir(), trust_remote_code=False)
     shapes = {}
     for task in load_tasks("telecom", "train"):
         episode = asyncio.run(run_episode(task, ScriptedTeacher()))

@@ -847,7 +847,7 @@ WRONG_COMMANDS = [
     ("evaluate_tau2.py", ["--user", "gpt-4", "--user-args", '{"api_key": "x"}'], "read from the environment only"),
     ("summarize.py", "", "--run-dir"),
     ("summarize.py", "--run-dir nowhere", "run run_local.sh first"),
-    ("summarize.py", "--run-dir odd-summary", "not a result of evaluate_tau2.py"),
+    ("summarize.py", "--run-dir odd-summary", "remove it and evaluate again"),
     ("slime_local.server", "", "--model-path"),
     ("slime_local.server", "--model-path nowhere", "no model folder at nowhere"),
     ("slime_local.server", "--model-path cut", "is cut short or damaged"),

@@ -51,12 +51,15 @@ def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 def read_numbers(path: Path) -> dict[str, Any]:
     """A result of evaluate_tau2.py without its episodes. Raises BadInput for any other file."""
-    result = read_result(path)
-    wrong = [name for name, kind in NEEDED.items() if not isinstance(result.get(name, ...), kind)]
-    if not wrong and not _is_interval(result["metrics"].get("pass_at_1")):
-        wrong = ["metrics"]
-    if wrong:
-        raise BadInput(f"{path} is no result of evaluate_tau2.py ({wrong[0]}): remove it and evaluate again")
+    try:
+        result = read_result(path)
+        wrong = [name for name, kind in NEEDED.items() if not isinstance(result.get(name, ...), kind)]
+        if not wrong and not _is_interval(result["metrics"].get("pass_at_1")):
+            wrong = ["metrics.pass_at_1"]
+        if wrong:
+            raise BadInput(f"{path}: not a result of evaluate_tau2.py ({wrong[0]})")
+    except BadInput as error:
+        raise BadInput(f"{error}: remove it and evaluate again") from None
     return {key: value for key, value in result.items() if key not in EPISODES}
 
 

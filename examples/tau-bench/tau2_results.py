@@ -104,7 +104,7 @@ class RowsFile:
             row = json.loads(line.decode())
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
             raise BadInput(f"{self.path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict) or not all(isinstance(row.get(key, row), kind) for key, kind in needed.items()):
+        if not isinstance(row, dict) or not all(isinstance(row.get(key, ...), kind) for key, kind in needed.items()):
             raise BadInput(f"{self.path}, line {number}: not written by this program; choose another --output-path")
         return row
 
