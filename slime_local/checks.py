@@ -181,9 +181,9 @@ def _check_data(args: Namespace) -> None:
 
 def _check_row(where: str, row: dict[str, Any], key: str, flag: str, label_key: str | None, args: Namespace) -> None:
     if row.get(key) is None:
-        raise UsageError(f"{where} has no {key!r}: choose with {flag} among {', '.join(row) or 'nothing'}")
+        raise UsageError(f"{where} has no {key!r}: choose with {flag} among {_keys(row)}")
     if label_key is not None and label_key not in row:
-        raise UsageError(f"{where} has no {label_key!r} (the label key): it has {', '.join(row)}")
+        raise UsageError(f"{where} has no {label_key!r} (the label key): it has {_keys(row)}")
     if not isinstance(row.get(args.metadata_key) or {}, dict):
         raise UsageError(f"{where}: {args.metadata_key!r} is not an object")
     if args.apply_chat_template and not isinstance(row[key], str | list):
@@ -192,6 +192,11 @@ def _check_row(where: str, row: dict[str, Any], key: str, flag: str, label_key: 
         row_tools(row, args.tool_key)
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from error
+
+
+def _keys(row: dict[str, Any]) -> str:
+    """The row's keys, on one line and no longer than a line."""
+    return " ".join(", ".join(row).split())[:200] or "nothing"
 
 
 def _control_tokens(folder: Path) -> re.Pattern | None:

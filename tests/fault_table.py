@@ -32,8 +32,17 @@ def table(rows: list[list[str]]) -> str:
         faults = together.setdefault((stage, outcome), [])
         faults += [] if fault in faults else [fault]
     lines = ["| stage | what was thrown at it | what happened |", "|---|---|---|"]
-    lines += [f"| {stage} | {'; '.join(faults)} | {outcome} |" for (stage, outcome), faults in together.items()]
+    lines += [f"| {stage} | {_joined(faults)} | {outcome} |" for (stage, outcome), faults in together.items()]
     return "\n".join(lines)
+
+
+def _joined(faults: list[str]) -> str:
+    """ "engine: a, b; customer: c" of "engine: a", "engine: b", "customer: c"."""
+    by_part: dict[str, list[str]] = {}
+    for fault in faults:
+        part, _, what = fault.rpartition(": ")
+        by_part.setdefault(part, []).append(what)
+    return "; ".join(f"{part}: {', '.join(what)}" if part else ", ".join(what) for part, what in by_part.items())
 
 
 def main() -> int:

@@ -209,7 +209,7 @@ async def test_an_engine_that_stays_broken_for_a_sample_costs_that_sample(name, 
     lost = [sample for sample in samples if sample.session_id == BROKEN]
     assert lost[0].metadata["tau2"]["end_reason"] == reason
     check_group(samples, lost, reason)
-    record("GRPO rollout", f"engine: {name}, for one sample", LOST.format(reason))
+    record("GRPO rollout", f"engine, for one sample: {name}", LOST.format(reason))
 
 
 @pytest.mark.parametrize("name", [name for name in SERVER_FAULTS if name not in ("refused", "`abort`")])
@@ -219,7 +219,7 @@ async def test_an_engine_that_is_broken_once_costs_nothing(name, args, model, mo
     samples = await asyncio.wait_for(rollout(args), 300)
     assert [sample.reward for sample in samples] == [1.0] * GROUP
     assert not any(sample.remove_sample for sample in samples) and not model.broken_prefixes
-    record("GRPO rollout", f"engine: {name}, once", "tried again; every sample is whole")
+    record("GRPO rollout", f"engine, once: {name}", "tried again; every sample is whole")
 
 
 async def test_no_engine_at_all(args, unused_tcp_port):
@@ -354,7 +354,7 @@ async def test_a_customer_that_is_broken_once_costs_nothing(how, args, provider,
     provider.behave = lambda number, body: how if number == 4 else None
     samples = await asyncio.wait_for(rollout(args, ("service_issue",)), 300)
     assert [sample.reward for sample in samples] == [1.0] * GROUP and not provider.broken_histories
-    record("GRPO rollout", f"customer: {CUSTOMER_FAULTS[how]}, once", "tried again; every sample is whole")
+    record("GRPO rollout", f"customer, once: {CUSTOMER_FAULTS[how]}", "tried again; every sample is whole")
 
 
 def test_a_customer_that_fails_in_an_evaluation(provider, customer, tmp_path, capsys):
@@ -456,8 +456,7 @@ async def test_a_customers_reply_of_100_kb_fills_the_context(args, provider, cus
     say = FakeProvider._customer_says
     monkeypatch.setattr(FakeProvider, "_customer_says", lambda self, messages: long_text(say(self, messages)))
     (sample, *_) = await asyncio.wait_for(rollout(args, ("service_issue",)), 300)
-    record_ = sample.metadata["tau2"]
-    assert record_["end_reason"] in ("context_full", "generation_failed", "environment_failed"), record_
+    assert sample.metadata["tau2"]["end_reason"] == "context_full"
     assert len(sample.tokens) <= 8192
     record(
         "GRPO rollout",
@@ -528,7 +527,7 @@ async def test_an_episode_that_never_ends_meets_its_limit(args, model, template)
     model.behave = lambda number, payload: model.answer(ids, payload["input_ids"])
     args.tau2_max_steps = 20
     samples = await asyncio.wait_for(rollout(args), 300)
-    assert {sample.metadata["tau2"]["end_reason"] for sample in samples} <= {"max_steps", "context_full"}
+    assert {sample.metadata["tau2"]["end_reason"] for sample in samples} == {"max_steps"}
     assert {sample.status for sample in samples} == {Sample.Status.TRUNCATED}
     record("GRPO rollout", "an episode that never ends", "truncated (`max_steps`): reward 0, partial score")
 
