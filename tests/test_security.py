@@ -222,7 +222,9 @@ def run(tmp_path_factory):
 
 
 def watch_command_lines(process: subprocess.Popen, seen: list[bytes]) -> None:
-    while process.poll() is None:
+    running = True
+    while running:  # once more after its end: some commands are quicker than a look
+        running = process.poll() is None
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 seen.append(path.read_bytes())

@@ -388,6 +388,14 @@ def load_chat_template(path: str, template_kwargs_json: str = "{}") -> ChatTempl
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a broken file raises what the library that reads it happens to raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise BadInput(f"{path}: no tokenizer could be loaded from there ({reason})") from error
-    return ChatTemplate(tokenizer, json.loads(template_kwargs_json))
+        raise BadInput(f"{path}: no tokenizer could be loaded from there ({_in_short(error)})") from error
+    try:
+        return ChatTemplate(tokenizer, json.loads(template_kwargs_json))
+    except BadInput:
+        raise
+    except Exception as error:  # so does a template, for it is a program
+        raise BadInput(f"{path}: its chat template cannot be used ({_in_short(error)})") from error
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
