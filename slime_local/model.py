@@ -39,23 +39,41 @@ TOKENIZER_FILES = (
 )
 
 
-class Cast:
-    """A weight in another dtype: a fresh differentiable cast while it is trained, else a copy kept until `drop`."""
+class Operand:
+    """A weight as the matrix product reads it: a fresh differentiable cast while it is trained, else a kept copy.
+
+    On a CPU the kept copy is in oneDNN's own layout, in which products of 2 to 32 rows were measured two to four times
+    faster than those of `F.linear`. `drop` gives the memory back and must follow every change of the weight.
+    """
 
     def __init__(self) -> None:
         self.kept: Tensor | None = None
+        self.form: tuple[torch.dtype, torch.device] | None = None
 
-    def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        if weight.dtype == dtype:
-            return weight
-        if weight.requires_grad and torch.is_grad_enabled():
-            return weight.to(dtype)
-        if self.kept is None or self.kept.dtype != dtype or self.kept.device != weight.device:
-            self.kept = weight.detach().to(dtype)
-        return self.kept
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, n_in] -> [T, n_out] for a weight [n_out, n_in], in the dtype of x."""
+        bias = None if bias is None else bias.to(x.dtype)
+        if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
+            return F.linear(x, weight.to(x.dtype), bias)
+        if self.kept is None or self.form != (x.dtype, x.device):
+            self.kept, self.form = _packed(weight.detach().to(x.dtype)), (x.dtype, x.device)
+        if self.kept.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.kept, bias, "none", [], "")
+        return F.linear(x, self.kept, bias)
 
     def drop(self) -> None:
-        self.kept = None
+        self.kept = self.form = None
+
+
+# The number of rows that the layout is made for. Any other number works too; small ones gave slower layouts.
+PACKED_FOR_ROWS = 1024
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """The weight in oneDNN's layout where there is one."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
 
 
 class Linear(nn.Module):
@@ -66,11 +84,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.layer_norm_weight = nn.Parameter(torch.empty(n_in)) if norm else None
-        self.cast = Cast()
+        self.operand = Operand()
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.cast(self.weight, x.dtype), bias)
+        return self.operand.multiply(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -154,7 +171,7 @@ class Transformer(nn.Module):
         self.decoder = Decoder(config)
         if not config.tie_word_embeddings:
             self.output_layer = Linear(config.hidden_size, config.vocab_size)
-        self.head_cast = Cast()
+        self.head = Operand()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -197,14 +214,14 @@ class Transformer(nn.Module):
         """Hidden states [N, H] -> logits [N, V] in fp32."""
         if not self.config.tie_word_embeddings:
             return self.output_layer(hidden).float()
-        return F.linear(hidden, self.head_cast(self.embedding.word_embeddings.weight, hidden.dtype)).float()
+        return self.head.multiply(hidden, self.embedding.word_embeddings.weight).float()
 
     def weights_changed(self) -> None:
-        """Drop the low-precision copies of the weights; the engine calls it after every optimizer step."""
-        self.head_cast.drop()
+        """Drop the kept copies of the weights; trainer and engine call it after every change."""
+        self.head.drop()
         for module in self.modules():
             if isinstance(module, Linear):
-                module.cast.drop()
+                module.operand.drop()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
