@@ -45,7 +45,9 @@ def main() -> None:
     share = spread([100 * flops / value / 1e12 / rate for value in seconds["ours"]])
     details |= {"matrix_rate_tflops": rate, "product_flops": flops}
     question = "SFT step: share of the machine's fp32 matrix rate"
-    write_result("sft-step-rate", question, {"ours": share.median}, unit="%", value=share, target=30, details=details, **shared)
+    write_result(
+        "sft-step-rate", question, {"ours": share.median}, unit="%", value=share, target=30, details=details, **shared
+    )
 
 
 def our_step(folder, data):
@@ -57,7 +59,12 @@ def our_step(folder, data):
 
     count = len(data)
     changes = {"loss_type": "sft_loss", "calculate_per_token_loss": True, "rollout_batch_size": count, "lr": 1e-5}
-    changes |= {"global_batch_size": count, "use_dynamic_batch_size": True, "max_tokens_per_gpu": 8192, "lr_decay_style": "constant"}
+    changes |= {
+        "global_batch_size": count,
+        "use_dynamic_batch_size": True,
+        "max_tokens_per_gpu": 8192,
+        "lr_decay_style": "constant",
+    }
     model = load_model(folder, torch.float32)
     trainer = Trainer(flags(folder, **changes), model, 100)
     rollout = {

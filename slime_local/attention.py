@@ -11,14 +11,22 @@ from torch import Tensor
 
 def attend_paths(q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]]) -> Tensor:
     """Each segment attends causally over its path: q [U, kv, group, D], k and v [U, kv, D] -> [U, kv * group * D]."""
+    sizes = [path[-1].stop - path[-1].start for path in paths]
+    place = {path[-1].start: i for i, path in enumerate(paths)}
+    queries, keys, values = (
+        q.split(sizes),
+        k.split(sizes),
+        v.split(sizes),
+    )  # not slices: their gradients are not summed
     out = []
-    for path in paths:
-        if len(path) == 1:
-            keys, values = k[path[0]], v[path[0]]
-        else:
-            keys, values = torch.cat([k[span] for span in path]), torch.cat([v[span] for span in path])
-        out.append(attend_causal(q[path[-1]], keys, values))
-    return out[0] if len(out) == 1 else torch.cat(out)
+    for i, path in enumerate(paths):
+        parts = [place[span.start] for span in path]
+        out.append(attend_causal(queries[i], _cat([keys[p] for p in parts]), _cat([values[p] for p in parts])))
+    return _cat(out)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -113,8 +113,8 @@ def _parts_of_rows(parts: list[Part], n: int, device: torch.device) -> Tensor | 
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """m queries [m, kv, group, D], all over each piece of k and v [pieces, kv, n, D] -> [pieces * m, kv, group, D] with
-    log-sum-exps [pieces * m, kv, group]."""
+    """m queries [m, kv, group, D], all over each piece of k and v [pieces, kv, n, D] -> outputs
+    [pieces * m, kv, group, D] and log-sum-exps [pieces * m, kv, group]."""
     (m, kv, group, dim), pieces = q.shape, len(k)
     rows = q.transpose(0, 1).reshape(1, kv, m * group, dim).expand(pieces, -1, -1, -1)
     out, sums = _with_sums(rows, k, v)

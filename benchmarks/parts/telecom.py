@@ -18,7 +18,7 @@ from slime_local.masks import LossMasker
 
 
 def dialogues(model_dir: Path, count: int) -> list[tuple[list[int], list[int]]]:
-    """Token ids and loss mask (1 on the agent's tokens) of `count` dialogues of about 1.1k tokens, the same each time."""
+    """Token ids and loss mask (1 on the agent's tokens) of the `count` longest dialogues, the same each time."""
     rows = [json.loads(line) for line in _traces().read_text(encoding="utf-8").splitlines()]
     masker = LossMasker(load_tokenizer(str(model_dir)), "qwen3")
     found = [masker.mask(row["prompt"], tools=row["tools"]) for row in rows]
@@ -70,7 +70,7 @@ def product_flops(model, tokens: int, loss_tokens: int, passes: int = 3) -> int:
 
 
 def huge_pages() -> None:
-    """Start this script again with huge pages for glibc's allocator, as run_local.sh does; both sides have them then."""
+    """Start this script again with huge pages for glibc's allocator, as run_local.sh does, for both sides."""
     if sys.platform.startswith("linux") and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = (
             "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368"
