@@ -5,9 +5,8 @@ What is the same in every layer (views, rows, how the parts are joined) is made 
     attention = KeptAttention(kept, starts, lengths, plan)
     attended = attention(layer, q, k, v)         # writes k and v, then attends
 
-Keys are read in parts: a prefix that several requests share once for all, long stretches in one piece a thread. The
-parts of a row are joined by their log-sum-exps (FlashAttention, arXiv 2205.14135, section 3.1), so the result is that
-of plain attention.
+Keys are read in parts: a prefix that several requests share once for all of them. The parts of a row are joined by
+their log-sum-exps (FlashAttention, arXiv 2205.14135, section 3.1), so the result is that of plain attention.
 """
 
 from __future__ import annotations
@@ -20,13 +19,10 @@ from torch import Tensor
 from slime_local.attention import attend_causal
 from slime_local.prefixes import Segment
 
-# Fewer keys than this a thread are not worth a split.
-MIN_PIECE = 128
-
 
 @dataclass
 class Part:
-    """`rows` of the step attend over keys[layer] and values[layer], each [pieces, kv_heads, n, D]."""
+    """`rows` of the step attend over keys[layer] and values[layer], each [kv_heads, n, D]."""
 
     rows: slice
     keys: tuple[Tensor, ...]
@@ -44,14 +40,14 @@ class KeptAttention:
         self.lengths = lengths
         self.written = _by_layer([kv[:, :, :, s:e] for kv, s, e in zip(kept, starts, ends, strict=True)])
         self.singles = lengths.count(1)
-        self.parts = [part for s in plan for part in _parts(kept[s.rows.start], s)]
+        self.parts = [Part(s.rows, *_views(kept[s.rows.start], s.start, s.end)) for s in plan]
         self.parts_of = _parts_of_rows(self.parts, self.singles, kept[0].device)
         # Requests with several new tokens see what they kept before as a part, and their new tokens causally.
         row, self.longer = self.singles, []
         for kv, start, length in zip(kept[row:], starts[row:], lengths[row:], strict=True):
             rows = slice(row, row + length)
             row = rows.stop
-            self.longer.append(Part(rows, *_views(kv, 0, start, 1)) if start else Part(rows, (), ()))
+            self.longer.append(Part(rows, *_views(kv, 0, start)) if start else Part(rows, (), ()))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, kv_heads, group, D]; k and v [T, kv_heads, D] -> [T, kv_heads * group * D]."""
@@ -72,22 +68,9 @@ class KeptAttention:
         return _join(*zip(*found, strict=True), self.parts_of).reshape(len(q), -1)
 
 
-def _parts(kv: Tensor, segment: Segment) -> list[Part]:
-    """A segment's keys and values: in one piece a thread, and what is left over; in one where they are few."""
-    pieces = torch.get_num_threads() if kv.device.type == "cpu" else 1
-    n = segment.end - segment.start
-    if n < MIN_PIECE * pieces or pieces == 1:
-        return [Part(segment.rows, *_views(kv, segment.start, segment.end, 1))]
-    end = segment.end - n % pieces
-    parts = [Part(segment.rows, *_views(kv, segment.start, end, pieces))]
-    if end < segment.end:
-        parts.append(Part(segment.rows, *_views(kv, end, segment.end, 1)))
-    return parts
-
-
-def _views(kv: Tensor, start: int, end: int, pieces: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Keys and values at start..end of every layer, each [pieces, kv_heads, n, D]."""
-    cut = kv[:, :, :, start:end].unflatten(3, (pieces, -1)).transpose(2, 3)
+def _views(kv: Tensor, start: int, end: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Keys and values at start..end of every layer, each [kv_heads, n, D]."""
+    cut = kv[:, :, :, start:end]
     return cut[:, 0].unbind(), cut[:, 1].unbind()
 
 
@@ -102,10 +85,9 @@ def _parts_of_rows(parts: list[Part], n: int, device: torch.device) -> Tensor | 
     places: list[list[int]] = [[] for _ in range(n)]
     count = 0
     for part in parts:
-        for _ in part.keys[0]:
-            for row in range(part.rows.start, part.rows.stop):
-                places[row].append(count)
-                count += 1
+        for row in range(part.rows.start, part.rows.stop):
+            places[row].append(count)
+            count += 1
     if count == n:
         return None
     most = max(map(len, places))
@@ -113,15 +95,13 @@ def _parts_of_rows(parts: list[Part], n: int, device: torch.device) -> Tensor | 
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """m queries [m, kv, group, D], all over each piece of k and v [pieces, kv, n, D] -> outputs
-    [pieces * m, kv, group, D] and log-sum-exps [pieces * m, kv, group]."""
-    (m, kv, group, dim), pieces = q.shape, len(k)
-    rows = q.transpose(0, 1).reshape(1, kv, m * group, dim).expand(pieces, -1, -1, -1)
-    out, sums = _with_sums(rows, k, v)
+    """m queries [m, kv, group, D], all over k and v [kv, n, D] -> outputs like q, log-sum-exps [m, kv, group]."""
+    m, kv, group, dim = q.shape
     if m == 1:
-        return out, sums
-    out, sums = out.view(pieces, kv, m, group, dim), sums.view(pieces, kv, m, group)
-    return out.transpose(1, 2).flatten(0, 1), sums.transpose(1, 2).flatten(0, 1)
+        return _with_sums(q, k[None], v[None])
+    rows = q.transpose(0, 1).reshape(1, kv, m * group, dim)
+    out, sums = _with_sums(rows, k[None], v[None])
+    return out.view(kv, m, group, dim).transpose(0, 1), sums.view(kv, m, group).transpose(0, 1)
 
 
 def _with_sums(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -146,10 +126,10 @@ def _join(parts: list[Tensor], sums: list[Tensor], parts_of: Tensor) -> Tensor:
 
 def attend_append(q: Tensor, k: Tensor, v: Tensor, kept_k: Tensor, kept_v: Tensor) -> Tensor:
     """n new tokens over the kept keys and, causally, each other: q [n, kv, group, D], k and v [n, kv, D], kept_k and
-    kept_v [1, kv, start, D] -> [n, kv * group * D]."""
+    kept_v [kv, start, D] -> [n, kv * group * D]."""
     n, kv, group, dim = q.shape
     if q.device.type != "cpu":
-        return attend_causal(q, *(torch.cat((old[0].transpose(0, 1), new)) for old, new in ((kept_k, k), (kept_v, v))))
+        return attend_causal(q, *(torch.cat((old.transpose(0, 1), new)) for old, new in ((kept_k, k), (kept_v, v))))
     before, before_sums = _attend(q, kept_k, kept_v)
     heads = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
     new_k, new_v = (x.transpose(0, 1).repeat_interleave(group, 0)[None] for x in (k, v))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from slime_local import kept_attention, prefixes
+from slime_local import prefixes
 from slime_local.attention import attend_causal
 from slime_local.errors import UsageError
 from slime_local.hf_folder import check_hf_folder
@@ -193,10 +193,7 @@ def test_attention_over_shared_prefixes_is_plain_attention(sequences, spared, gr
     kept = [_kept([table[token, i] for i, token in enumerate(sequence)], room=1) for sequence in sequences]
     q = torch.randn(len(sequences), 2, group, 8, generator=generator)
     new = torch.randn(2, len(sequences), 2, 8, generator=generator)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept_attention, "MIN_PIECE", 2)
-        attention = KeptAttention(kept, [len(s) for s in sequences], [1] * len(sequences), plan)
-        found = attention(0, q, *new)
+    found = KeptAttention(kept, [len(s) for s in sequences], [1] * len(sequences), plan)(0, q, *new)
     for row, kv in enumerate(kept):
         torch.testing.assert_close(kv[0, :, :, -1], new[:, row])
         _assert_plain_attention(found[row], q[row][None], kv)
