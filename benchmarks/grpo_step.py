@@ -1,11 +1,10 @@
 """One GRPO training step on the same stored rollout: slime_local's trainer beside the loss step of TRL's GRPOTrainer.
 
-    python benchmarks/grpo_step.py           # 2 groups of 4 samples; --quick: 1 group
+    python benchmarks/grpo_step.py           # 2 groups of 4 samples; --quick: 1 group of a short one
 
-Both sides get the same tokens, masks, rewards' advantages and engine log-probs, train all parameters in fp32 and do
-forward, clipped loss, backward and AdamW. The samples are dialogues of the scripted teacher, cut and continued so that a
-group shares its task's first turns, as sampled ones do. TRL's side is `GRPOTrainer._compute_loss` over the batch one sample
-at a time (less padding), without gradient checkpointing.
+Both sides get the same tokens, masks, advantages and engine log-probs, train all parameters in fp32 and do forward,
+clipped loss, backward and AdamW. The samples are dialogues of the scripted teacher; those of a group share the first
+quarter. TRL's side is `GRPOTrainer._compute_loss`, one sample at a time (no padding), without gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def main() -> None:
     need("trl", "trl (requirements/bench.txt)")
     huge_pages()
     folder = smollm2_dir()
-    samples = stored_rollout(folder, args.groups or (1 if args.quick else 2))
+    samples = stored_rollout(folder, args.groups or (1 if args.quick else 2), longest=not args.quick)
     sides = {"TRL": trl_step(folder, samples), "ours": our_step(folder, samples)}
     seconds = measure(sides, repeats=args.repeats or (2 if args.quick else 3))
     tokens = sum(len(sample["tokens"]) for sample in samples)
@@ -38,17 +37,17 @@ def main() -> None:
     write_result("grpo-step", question, rates, unit="tokens/s", ratio=speedup, details=details, **result)
 
 
-def stored_rollout(folder, groups: int) -> list[dict]:
+def stored_rollout(folder, groups: int, longest: bool) -> list[dict]:
     """Samples {"tokens", "mask" (of the response), "prompt" (tokens before it), "log_probs", "reward"}.
 
-    A group is one dialogue whose samples go their own ways (other words in the agent's turns) after its first half.
+    A group is one dialogue whose samples go their own ways (other words in the agent's turns) after its first quarter.
     """
     samples = []
-    for ids, mask in dialogues(folder, groups):
+    for ids, mask in dialogues(folder, groups, longest):
         prompt = mask.index(1)
         for member in range(GROUP):
             tokens = list(ids)
-            for i in range(len(ids) // 2, len(ids)):
+            for i in range(len(ids) // 4, len(ids)):
                 tokens[i] = (tokens[i] + member) % 49000 if mask[i] else tokens[i]
             response = mask[prompt:]
             sample = {"tokens": tokens, "mask": response, "prompt": prompt, "reward": float(member % 2)}

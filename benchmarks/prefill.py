@@ -1,11 +1,11 @@
-"""Reading prompts, and appending to kept keys and values: slime_local's engine beside transformers' forward with cache.
+"""Reading prompts and appending to kept keys and values: slime_local's engine beside transformers with a cache.
 
     python benchmarks/prefill.py             # 4 prompts of 1.5k tokens; 60 new tokens for each of 40 episodes of 800
     python benchmarks/prefill.py --quick     # 2 prompts; 16 episodes
-    python benchmarks/prefill.py --device cuda --shape qwen3-4b    # random weights in bf16; has not been tried on a GPU
+    python benchmarks/prefill.py --device cuda --shape qwen3-4b    # random weights, bf16; not tried on a GPU
 
-transformers reads one prompt or one append after the other. Ours takes all at once; no two requests share a prefix. The
-share of the matrix rate counts the weights' products only.
+transformers reads one prompt or one append after the other. Ours takes all at once; no two requests share a prefix.
+The share of the matrix rate counts the weights' products only.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ from slime_local.flags import parse_args
 from slime_local.masks import LossMasker
 
 
-def dialogues(model_dir: Path, count: int) -> list[tuple[list[int], list[int]]]:
-    """Token ids and loss mask (1 on the agent's tokens) of the `count` longest dialogues, the same each time."""
+def dialogues(model_dir: Path, count: int, longest: bool = True) -> list[tuple[list[int], list[int]]]:
+    """Token ids and loss mask (1 on the agent's tokens) of the `count` longest or shortest dialogues of 24."""
     rows = [json.loads(line) for line in _traces().read_text(encoding="utf-8").splitlines()]
     masker = LossMasker(load_tokenizer(str(model_dir)), "qwen3")
     found = [masker.mask(row["prompt"], tools=row["tools"]) for row in rows]
-    return sorted(found, key=lambda pair: len(pair[0]), reverse=True)[:count]
+    return sorted(found, key=lambda pair: len(pair[0]), reverse=longest)[:count]
 
 
 def tasks() -> Path:
