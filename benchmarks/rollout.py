@@ -1,4 +1,4 @@
-"""A rollout of 4 x 4 telecom episodes: keys and values kept between the turns, beside reading everything again each turn.
+"""A rollout of 4 x 4 telecom episodes: keys and values kept between turns, beside reading all again each turn.
 
     python benchmarks/rollout.py --checkpoint runs/local/sft/hf     # a trained agent; without: the untrained model
     python benchmarks/rollout.py --quick                            # 2 x 2 episodes
@@ -60,7 +60,7 @@ def rollout_flags(checkpoint: Path, side: int, context: int) -> list[str]:
 
 
 def rollout(command: list[str], reads_again: bool, outside: list[float] | None = None) -> Seconds:
-    """Seconds of the rollout in a run of the loop; the share outside the engine's steps, in %, is added to `outside`."""
+    """Seconds of the rollout in a run of the loop; `outside` gets the share outside the engine's steps, in %."""
     from slime_local import loop
     from slime_local.engine import Engine
     from slime_local.flags import parse_args
