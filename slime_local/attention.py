@@ -1,4 +1,4 @@
-"""Attention: over packed sequences for the trainer, over kept keys and values for the engine."""
+"""Attention over packed sequences; the engine's, over kept keys and values, is in `kept_attention`."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slime_local.prefixes import Segment
-
 
 def attend_paths(q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]]) -> Tensor:
     """Each segment attends causally over its path: q [U, kv, group, D], k and v [U, kv, D] -> [U, kv * group * D]."""
+    sizes = [path[-1].stop - path[-1].start for path in paths]
+    place = {path[-1].start: i for i, path in enumerate(paths)}
+    queries, keys, values = (
+        q.split(sizes),
+        k.split(sizes),
+        v.split(sizes),
+    )  # not slices: their gradients are not summed
     out = []
-    for path in paths:
-        if len(path) == 1:
-            keys, values = k[path[0]], v[path[0]]
-        else:
-            keys, values = torch.cat([k[span] for span in path]), torch.cat([v[span] for span in path])
-        out.append(attend_causal(q[path[-1]], keys, values))
-    return out[0] if len(out) == 1 else torch.cat(out)
+    for i, path in enumerate(paths):
+        parts = [place[span.start] for span in path]
+        out.append(attend_causal(queries[i], _cat([keys[p] for p in parts]), _cat([values[p] for p in parts])))
+    return _cat(out)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -100,58 +106,3 @@ def _future(n: int, m: int, device: torch.device) -> Tensor:
 def _flat(x: Tensor) -> Tensor:
     """[kv, rows, group, D] -> [kv, rows * group, D]."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-def attend_kept(q: Tensor, kv: list[Tensor], plan: list[Segment]) -> Tensor:
-    """One query a sequence over its kept keys and values, a prefix that several share read once for all of them.
-
-    q [B, kv_heads, group, D]; kv: per sequence [2, kv_heads, capacity, D] with the new token written; plan: from
-    `decode_plan` -> [B, kv_heads * group * D]. The parts are joined by their log-sum-exp (FlashAttention, arXiv
-    2205.14135, section 3.1), so the result is that of plain attention.
-    """
-    parts = [_attend_segment(q[s.rows], *kv[s.rows.start][:, :, s.start : s.end]) for s in plan]
-    out = torch.cat([part for part, _ in parts])
-    if len(parts) > len(q):
-        rows = torch.cat([torch.arange(s.rows.start, s.rows.stop, device=q.device) for s in plan])
-        out = _join(out, torch.cat([sums for _, sums in parts]), rows, len(q))
-    return out.reshape(len(q), -1)
-
-
-def _attend_segment(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """m queries [m, kv, group, D], all over k and v [kv, n, D] -> outputs like q, log-sum-exps [m, kv, group]."""
-    m, kv, group, dim = q.shape
-    rows = q if m == 1 else q.transpose(0, 1).reshape(1, kv, m * group, dim)
-    if q.device.type == "cpu":
-        out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, k[None], v[None])
-    else:
-        scores = torch.matmul(rows * dim**-0.5, k.transpose(1, 2)).float()
-        sums = scores.logsumexp(-1)
-        out = torch.matmul((scores - sums[..., None]).exp().to(v.dtype), v)
-    if m == 1:
-        return out, sums
-    return out.view(kv, m, group, dim).transpose(0, 1), sums.view(kv, m, group).transpose(0, 1)
-
-
-def _join(parts: Tensor, sums: Tensor, rows: Tensor, n: int) -> Tensor:
-    """Attention outputs [P, kv, group, D] over parts of the keys, with log-sum-exps [P, kv, group] -> [n, ...].
-
-    rows [P]: the query that each part belongs to.
-    """
-    index = rows[:, None, None].expand_as(sums)
-    top = torch.full_like(sums[:n], float("-inf")).scatter_reduce_(0, index, sums, "amax")
-    weights = (sums - top[rows]).exp()
-    total = torch.zeros_like(top).index_add_(0, rows, weights)
-    out = parts.new_zeros(n, *parts.shape[1:], dtype=torch.float32)
-    out.index_add_(0, rows, parts.float() * weights[..., None])
-    return (out / total[..., None]).to(parts.dtype)
-
-
-def attend_one(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-    """n queries [n, kv, group, D] at positions start.. over k and v [1, kv, start + n, D] -> [n, kv * group * D]."""
-    n, kv, group, dim = q.shape
-    mask = None
-    if start:
-        mask = torch.ones(n, start + n, dtype=torch.bool, device=q.device).tril_(start)
-    q = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not start, enable_gqa=group > 1)
-    return out[0].transpose(0, 1).reshape(n, -1)

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slime_local.attention import attend_kept, attend_one
+from slime_local.kept_attention import KeptAttention
 from slime_local.model import Transformer
-from slime_local.prefixes import Segment, common_prefix, decode_plan
+from slime_local.prefixes import common_prefix, decode_plan
 
 # Copying a shared prefix from another slot pays off above about this many tokens.
 MIN_SHARED_PREFIX = 16
@@ -356,20 +356,21 @@ class Engine:
         The requests with a single new token come first, sorted by their tokens.
         """
         model, device = self.model, self.model.device
-        spans = []
-        for request, chunk in batch:
-            start = len(request.slot.tokens)
-            request.slot.reserve(start + len(chunk))
-            spans.append((request.slot, start, start + len(chunk)))
+        starts = [len(request.slot.tokens) for request, _ in batch]
+        lengths = [len(chunk) for _, chunk in batch]
+        for (request, _), start, length in zip(batch, starts, lengths, strict=True):
+            request.slot.reserve(start + length)
         plan = decode_plan([request.slot.tokens for request, chunk in batch if len(chunk) == 1])
+        attention = KeptAttention([request.slot.kv for request, _ in batch], starts, lengths, plan)
         tokens = torch.tensor([t for _, chunk in batch for t in chunk], device=device)
-        positions = torch.cat([torch.arange(start, end, device=device) for _, start, end in spans])
-        last = torch.tensor([end - start for _, start, end in spans], device=device).cumsum(0) - 1
+        spans = zip(starts, lengths, strict=True)
+        positions = torch.tensor([i for start, n in spans for i in range(start, start + n)], device=device)
         cos, sin = self.cos[positions], self.sin[positions]
         x = model.embed(tokens)
         for index, layer in enumerate(model.decoder.layers):
-            attended = attend_slots(*layer.self_attention.qkv(x, cos, sin), index, spans, plan)
+            attended = attention(index, *layer.self_attention.qkv(x, cos, sin))
             if index + 1 == len(model.decoder.layers):  # only the last position of each request is needed from here
+                last = torch.tensor(lengths, device=device).cumsum(0) - 1
                 x, attended = x[last], attended[last]
             x = layer.finish(x, attended)
         return model.final_norm(x)
@@ -464,30 +465,6 @@ def eos_ids(model: Transformer, tokenizer) -> set[int]:
     ids = model.config.eos_token_id
     listed = ids if isinstance(ids, list | tuple) else [ids]
     return {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
-
-
-def attend_slots(
-    q: Tensor, k: Tensor, v: Tensor, layer: int, spans: list[tuple[Slot, int, int]], plan: list[Segment]
-) -> Tensor:
-    """Write the new keys and values of one layer into their slots and attend over them.
-
-    q [T, kv, group, D]; k and v [T, kv, D]; spans: (slot, first position, end) of each request, in the order of q,
-    those with a single new token first: `plan` is theirs -> [T, kv * group * D].
-    """
-    kv = torch.stack((k, v)).transpose(1, 2)
-    row, singles, longer = 0, [], []
-    for slot, start, end in spans:
-        rows = slice(row, row + end - start)
-        row = rows.stop
-        kept = slot.kv[layer]
-        kept[:, :, start:end] = kv[:, :, rows]
-        if end - start == 1:
-            singles.append(kept)
-        else:
-            longer.append(attend_one(q[rows], *kept[:, None, :, :end], start))
-    if singles:
-        longer.insert(0, attend_kept(q[: len(singles)], singles, plan))
-    return torch.cat(longer)
 
 
 def sample(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> tuple[list[int], list[float]]:

@@ -16,7 +16,7 @@ from slime_local.advantages import approx_kl
 from slime_local.batching import TrainSample
 from slime_local.plugins import load_function
 
-CHUNK_ELEMENTS = 2**26  # float32 logits kept at once: 256 MiB
+CHUNK_ELEMENTS = 2**24  # float32 logits kept at once: 64 MiB
 Reducer = Callable[[Tensor], Tensor]
 
 
@@ -27,7 +27,7 @@ def response_log_probs(
 
     Positions outside the loss cost no logits and read 0. Logits are divided by --rollout-temperature. `entropy` is
     "no" (second result None), "value" (no gradient) or "grad". --log-probs-chunk-size positions at a time go through
-    the vocabulary; a second chunk on, logits are computed again in the backward pass rather than kept.
+    the vocabulary, so that all logits together never exist.
     """
     rows, targets, places = _loss_positions(samples)
     tokens = torch.cat([sample.tokens for sample in samples])
@@ -35,19 +35,10 @@ def response_log_probs(
     size = args.log_probs_chunk_size
     if size <= 0:
         size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
-    several = len(rows) > size and torch.is_grad_enabled()
     parts = []
     for start in range(0, len(rows), size):
-        inputs = (
-            model,
-            hidden[start : start + size],
-            targets[start : start + size],
-            args.rollout_temperature,
-            entropy,
-        )
-        parts.append(
-            checkpoint(_token_log_probs, *inputs, use_reentrant=False) if several else _token_log_probs(*inputs)
-        )
+        chunk = slice(start, start + size)
+        parts.append(_token_log_probs(model, hidden[chunk], targets[chunk], args.rollout_temperature, entropy))
     empty = hidden.new_zeros(sum(sample.response_length for sample in samples), dtype=torch.float32)
     log_probs = empty.index_copy(0, places, torch.cat([part[0] for part in parts]))
     if entropy == "no":
@@ -73,15 +64,59 @@ def _loss_positions(samples: list[TrainSample]) -> tuple[Tensor, Tensor, Tensor]
 def _token_log_probs(
     model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy: str
 ) -> tuple[Tensor, Tensor | None]:
-    logits = model.logits(hidden)
-    if temperature != 1.0:
-        logits = logits / temperature
-    all_log_probs = torch.log_softmax(logits, dim=-1)
+    if entropy == "grad":
+        return checkpoint(_with_entropy, model, hidden, targets, temperature, use_reentrant=False)
+    return TokenLogProbs.apply(hidden, model.output_weight, targets, model, temperature, entropy == "value")
+
+
+def _with_entropy(model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    all_log_probs = torch.log_softmax(model.logits(hidden) / temperature, dim=-1)
     log_probs = all_log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    if entropy == "no":
-        return log_probs, None
-    with torch.set_grad_enabled(entropy == "grad" and torch.is_grad_enabled()):
-        return log_probs, -(all_log_probs.exp() * all_log_probs).sum(-1)
+    return log_probs, -(all_log_probs.exp() * all_log_probs).sum(-1)
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """Log-probs [N] of `targets` and, when asked for, entropies [N] without gradient, from hidden states [N, H].
+
+    No logits are kept. The gradient of log-prob i by its hidden state is (weight[target] - probs @ weight) /
+    temperature: it is made on the way forward where the weight is frozen, else the logits are computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, model, temperature, with_entropy):
+        all_log_probs = _all_log_probs(model, hidden, temperature)
+        log_probs = all_log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        entropies = None
+        if with_entropy:
+            entropies = -torch.linalg.vecdot(all_log_probs.exp(), all_log_probs)
+            ctx.mark_non_differentiable(entropies)
+        to_hidden, to_weight = ctx.needs_input_grad[:2]
+        ctx.model, ctx.temperature = model, temperature
+        if to_weight:
+            ctx.save_for_backward(hidden, weight, targets)
+        elif to_hidden:
+            expected = all_log_probs.exp_().to(hidden.dtype) @ weight.to(hidden.dtype)
+            ctx.save_for_backward((weight[targets] - expected) / temperature)
+        return log_probs, entropies
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        to_hidden, to_weight = ctx.needs_input_grad[:2]
+        if not to_weight:
+            (by_hidden,) = ctx.saved_tensors
+            return (grad[:, None] * by_hidden).to(by_hidden.dtype), None, None, None, None, None
+        hidden, weight, targets = ctx.saved_tensors
+        by_logits = _all_log_probs(ctx.model, hidden, ctx.temperature).exp_().mul_(-grad[:, None])
+        by_logits[torch.arange(len(targets), device=targets.device), targets] += grad
+        by_logits = by_logits.div_(ctx.temperature).to(hidden.dtype)
+        grad_hidden = by_logits @ weight.to(hidden.dtype) if to_hidden else None
+        return grad_hidden, (by_logits.t() @ hidden).to(weight.dtype), None, None, None, None
+
+
+def _all_log_probs(model: nn.Module, hidden: Tensor, temperature: float) -> Tensor:
+    with torch.no_grad():
+        logits = model.logits(hidden)
+        return torch.log_softmax(logits if temperature == 1.0 else logits.div_(temperature), dim=-1)
 
 
 def reducer(samples: list[TrainSample], per_token: bool, masks: list[Tensor] | None = None) -> Reducer:

@@ -40,23 +40,89 @@ TOKENIZER_FILES = (
 )
 
 
-class Cast:
-    """A weight in another dtype: a fresh differentiable cast while it is trained, else a copy kept until `drop`."""
+class Operand:
+    """A weight as the matrix product reads it: a fresh differentiable cast while it is trained, else a kept copy.
+
+    On a CPU the kept copy is in oneDNN's own layout, in which products of 2 to 32 rows were measured two to four times
+    faster than those of `F.linear`. `drop` gives the memory back and must follow every change of the weight.
+    """
 
     def __init__(self) -> None:
         self.kept: Tensor | None = None
+        self.form: tuple[torch.dtype, torch.device] | None = None
 
-    def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        if weight.dtype == dtype:
-            return weight
-        if weight.requires_grad and torch.is_grad_enabled():
-            return weight.to(dtype)
-        if self.kept is None or self.kept.dtype != dtype or self.kept.device != weight.device:
-            self.kept = weight.detach().to(dtype)
-        return self.kept
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, n_in] -> [T, n_out] for a weight [n_out, n_in], in the dtype of x."""
+        bias = None if bias is None else bias.to(x.dtype)
+        if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
+            return _differentiable(x, weight.to(x.dtype), bias)
+        if self.kept is None or self.form != (x.dtype, x.device):
+            self.kept, self.form = _packed(weight.detach().to(x.dtype)), (x.dtype, x.device)
+        if self.kept.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.kept, bias, "none", [], "")
+        return F.linear(x, self.kept, bias)
 
     def drop(self) -> None:
-        self.kept = None
+        self.kept = self.form = None
+
+
+# The number of rows that the layout is made for. Any other number works too; small ones gave slower layouts.
+PACKED_FOR_ROWS = 1024
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """The weight in oneDNN's layout where there is one."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+
+
+def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = Product.apply(x, weight)
+    return y if bias is None else y + bias
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, n_in] times weight [n_out, n_in]: in fp32 on a CPU by oneDNN, measured 15 % faster than `F.linear`."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
+
+
+class Product(torch.autograd.Function):
+    """`_product` with its gradients; that of the weight is no faster by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight = ctx.needs_input_grad
+        return _product(grad, weight.t()) if to_x else None, grad.t() @ x if to_weight else None
+
+
+class GatedProduct(torch.autograd.Function):
+    """silu(gate) * up, times a weight [n_out, F]: gate_up [T, 2 F] -> [T, n_out]. Only gate_up is kept."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return _product(F.silu(gate).mul_(up), weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        gate_up, weight = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        gated = F.silu(gate)
+        by_product = _product(grad, weight.t())
+        by_up = by_product * gated
+        by_gate = torch.ops.aten.silu_backward(by_product.mul_(up), gate)
+        to_weight = grad.t() @ gated.mul_(up) if ctx.needs_input_grad[1] else None
+        return torch.cat((by_gate, by_up), dim=-1), to_weight
 
 
 class Linear(nn.Module):
@@ -67,11 +133,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.layer_norm_weight = nn.Parameter(torch.empty(n_in)) if norm else None
-        self.cast = Cast()
+        self.operand = Operand()
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.cast(self.weight, x.dtype), bias)
+        return self.operand.multiply(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -93,11 +158,15 @@ class Attention(nn.Module):
         """x [T, H] -> q [T, kv_heads, group, head_dim], k and v [T, kv_heads, head_dim], positions applied."""
         x = rms_norm(x, self.linear_qkv.layer_norm_weight, self.eps)
         qkv = self.linear_qkv(x).view(-1, self.kv_heads, self.group + 2, self.head_dim)
-        q, k, v = qkv[:, :, : self.group], qkv[:, :, self.group], qkv[:, :, self.group + 1]
+        cos, sin = cos[:, None, None], sin[:, None, None]
         if hasattr(self, "q_layernorm"):
-            q = rms_norm(q, self.q_layernorm.weight, self.eps)
-            k = rms_norm(k, self.k_layernorm.weight, self.eps)
-        return rotate(q, cos[:, None, None], sin[:, None, None]), rotate(k, cos[:, None], sin[:, None]), v
+            q, k, v = qkv.split((self.group, 1, 1), dim=2)
+            q = rotate(rms_norm(q, self.q_layernorm.weight, self.eps), cos, sin)
+            k = rotate(rms_norm(k, self.k_layernorm.weight, self.eps), cos, sin)
+        else:
+            qk, v = qkv.split((self.group + 1, 1), dim=2)
+            q, k = rotate(qk, cos, sin).split((self.group, 1), dim=2)
+        return q, k.squeeze(2), v.squeeze(2)
 
 
 class Mlp(nn.Module):
@@ -108,7 +177,10 @@ class Mlp(nn.Module):
         self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.linear_fc1(rms_norm(x, self.linear_fc1.layer_norm_weight, self.eps)).chunk(2, dim=-1)
+        gate_up = self.linear_fc1(rms_norm(x, self.linear_fc1.layer_norm_weight, self.eps))
+        if torch.is_grad_enabled() and gate_up.requires_grad:
+            return GatedProduct.apply(gate_up, self.linear_fc2.weight.to(x.dtype))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.linear_fc2(F.silu(gate) * up)
 
 
@@ -155,7 +227,7 @@ class Transformer(nn.Module):
         self.decoder = Decoder(config)
         if not config.tie_word_embeddings:
             self.output_layer = Linear(config.hidden_size, config.vocab_size)
-        self.head_cast = Cast()
+        self.head = Operand()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,18 +266,25 @@ class Transformer(nn.Module):
     def final_norm(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.decoder.final_layernorm.weight, self.config.rms_norm_eps)
 
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, H]: the output layer's, or the embedding's where they are tied."""
+        tied = self.config.tie_word_embeddings
+        return self.embedding.word_embeddings.weight if tied else self.output_layer.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [N, H] -> logits [N, V] in fp32."""
         if not self.config.tie_word_embeddings:
             return self.output_layer(hidden).float()
-        return F.linear(hidden, self.head_cast(self.embedding.word_embeddings.weight, hidden.dtype)).float()
+        return self.head.multiply(hidden, self.embedding.word_embeddings.weight).float()
 
-    def weights_changed(self) -> None:
-        """Drop the low-precision copies of the weights; the engine calls it after every optimizer step."""
-        self.head_cast.drop()
+    def weights_changed(self, trained_only: bool = False) -> None:
+        """Drop the kept copies of the weights, or of those that are trained; to be called after every change."""
+        if not (trained_only and not self.output_weight.requires_grad):
+            self.head.drop()
         for module in self.modules():
-            if isinstance(module, Linear):
-                module.cast.drop()
+            if isinstance(module, Linear) and not (trained_only and not module.weight.requires_grad):
+                module.operand.drop()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

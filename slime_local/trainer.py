@@ -68,6 +68,7 @@ class Trainer:
         metrics = self._prepare_policy(samples, len(steps)) if self.args.loss_type == "policy_loss" else {}
         if self.args.reset_optimizer_states:
             self.optimizer.state.clear()
+        self.model.weights_changed(trained_only=True)  # gives the engine's copies of them back
         train_started = time.perf_counter()
         self.last_steps = []
         with tqdm(total=len(samples), desc="train", unit="sample", leave=False, disable=None) as bar:
@@ -193,6 +194,7 @@ class Trainer:
         if _finite(norm) and _finite(loss):
             if any(parameter.grad is not None for parameter in self.trainable.values()):
                 self.optimizer.step()
+                self.model.weights_changed(trained_only=True)
             self.optimizer_steps += 1
             self.schedule.step(batch)
         else:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from slime_local import prefixes
-from slime_local.attention import attend_causal, attend_kept
+from slime_local.attention import attend_causal
 from slime_local.errors import UsageError
 from slime_local.hf_folder import check_hf_folder
+from slime_local.kept_attention import KeptAttention
 from slime_local.model import load_model, save_hf
 from slime_local.prefixes import decode_plan, share_prefixes
 
@@ -189,17 +190,38 @@ def test_attention_over_shared_prefixes_is_plain_attention(sequences, spared, gr
 
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(3, 20, 2, 2, 8, generator=generator)  # token, position -> key and value of two heads
-
-    def kept(sequence, row):
-        entries = [table[token, i] for i, token in enumerate(sequence)] + [torch.full((2, 2, 8), 0.1 * row)]
-        return torch.stack(entries, dim=2)
-
-    kv = [kept(sequence, row) for row, sequence in enumerate(sequences)]
+    kept = [_kept([table[token, i] for i, token in enumerate(sequence)], room=1) for sequence in sequences]
     q = torch.randn(len(sequences), 2, group, 8, generator=generator)
-    found = attend_kept(q, kv, plan)
-    for row, (keys, values) in enumerate(kv):
-        scores = (q[row] @ keys.transpose(1, 2)) * 8**-0.5
-        torch.testing.assert_close(found[row], (scores.softmax(-1) @ values).flatten(), atol=1e-5, rtol=1e-5)
+    new = torch.randn(2, len(sequences), 2, 8, generator=generator)
+    found = KeptAttention(kept, [len(s) for s in sequences], [1] * len(sequences), plan)(0, q, *new)
+    for row, kv in enumerate(kept):
+        torch.testing.assert_close(kv[0, :, :, -1], new[:, row])
+        _assert_plain_attention(found[row], q[row][None], kv)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_appended_tokens_see_what_was_kept_and_each_other(group):
+    starts, lengths = [7, 0, 300, 31], [1, 5, 20, 2]
+    kept = [_kept(torch.randn(start, 2, 2, 8), room=length + 3) for start, length in zip(starts, lengths, strict=True)]
+    q, new = torch.randn(28, 2, group, 8), torch.randn(2, 28, 2, 8)
+    found = KeptAttention(kept, starts, lengths, decode_plan([[0] * 7]))(0, q, *new)
+    row = 0
+    for kv, start, length in zip(kept, starts, lengths, strict=True):
+        for position in range(start, start + length):
+            _assert_plain_attention(found[row], q[row][None], kv[..., : position + 1, :])
+            row += 1
+
+
+def _kept(entries, room):
+    """Kept keys and values [1 layer, 2, kv_heads 2, len(entries) + room, 8], `room` of them unwritten."""
+    return torch.stack([*entries, *torch.zeros(room, 2, 2, 8)], dim=2)[None]
+
+
+def _assert_plain_attention(found, q, kv):
+    keys, values = kv[0].double()
+    scores = torch.einsum("nkgd,kmd->nkgm", q.double(), keys) * 8**-0.5
+    expected = torch.einsum("nkgm,kmd->nkgd", scores.softmax(-1), values).flatten()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_prefix_of_many_requests_is_read_once():

@@ -43,7 +43,7 @@ source scripts/models/smollm2-135M-Instruct.sh
 TRAIN_ARGS=(
    --only-train-params-name-list 'decoder\.layers\.2[0-9]\.' 'decoder\.final_layernorm'
    --use-dynamic-batch-size
-   --max-tokens-per-gpu 8192
+   --max-tokens-per-gpu 4096 # what a micro-batch keeps for its backward pass: 0.4 MB a token
    --optimizer adam
    --weight-decay 0.01
    --clip-grad 1.0

@@ -1,0 +1,34 @@
+"""The same weights as slime_local's model and as transformers' one."""
+
+from __future__ import annotations
+
+import tempfile
+
+from common import smollm2_dir
+
+
+def both_models(shape: str, device: str):
+    """(slime_local's, transformers'): SmolLM2-135M-Instruct in fp32, or a random model of Qwen3-4B's shape in bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from slime_local.model import load_model
+
+    dtype = torch.float32 if shape == "smollm2" else torch.bfloat16
+    with tempfile.TemporaryDirectory() as folder:
+        path = smollm2_dir() if shape == "smollm2" else random_qwen3_4b(folder)
+        ours = load_model(path, dtype, device).requires_grad_(False)
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    return ours, theirs
+
+
+def random_qwen3_4b(folder: str) -> str:
+    """A model with random weights of Qwen3-4B-Instruct-2507's shape, written to `folder` in bf16."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shape = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 32768}
+    config = Qwen3Config(**shape, tie_word_embeddings=True, dtype=torch.bfloat16)
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
