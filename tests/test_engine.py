@@ -247,10 +247,3 @@ def test_the_server_command_names_bad_input_at_once(case, tiny_model_dir, tmp_pa
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert ("not a Hugging Face model folder" if case == "no folder" else "in use") in done.stderr
     assert time.monotonic() - started < 20
-
-
-def test_the_benchmark_runs(run_script, tiny_model_dir):
-    flags = ["--batches", "1", "3", "--length", "40", "--shared", "20", "--steps", "3"]
-    done = run_script("benchmarks/engine.py", "--checkpoint", tiny_model_dir, *flags)
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["1", "3"]
