@@ -16,7 +16,7 @@ import random
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +161,8 @@ def read_weights(location: Location, names: list[str], config: object) -> Iterat
         weights = HfWeights(check_hf_folder(location.path))
         yield from ((name, read_parameter(weights, name, config)) for name in names)
         return
-    with safe_open(location.folder / "model.safetensors", framework="pt") as file:
+    path = location.folder / "model.safetensors"
+    with _readable(path, lambda path: safe_open(path, framework="pt")) as file:
         there = set(file.keys())
         for name in names:
             if name not in there:
@@ -178,10 +179,22 @@ def read_optimizer(location: Location) -> dict[str, dict[str, "Tensor"]] | None:
         return None
     read_safetensors_header(path)
     state: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(path).items():
+    for key, value in _readable(path, load_file).items():
         name, _, slot = key.rpartition("/")
         state.setdefault(name, {})[slot] = value
     return state
+
+
+def _readable(path: Path, read: Callable[[Path], Any]) -> Any:
+    """read(path). Raises UsageError where safetensors finds more wrong than the header's form."""
+    from safetensors import SafetensorError
+
+    try:
+        return read(path)
+    except SafetensorError as error:
+        raise UsageError(
+            f"{path} is damaged ({one_line(error)}): choose an older iteration with --ckpt-step"
+        ) from error
 
 
 def read_state(location: Location) -> dict[str, Any]:

@@ -386,7 +386,10 @@ def load_weights(model: Transformer, path: str | os.PathLike) -> None:
     """Copy the weights of an HF folder of the same architecture into `model`, in place."""
     reader = HfWeights(Path(path))
     for name, parameter in model.named_parameters():
-        value = read_parameter(reader, name, model.config)
+        try:
+            value = read_parameter(reader, name, model.config)
+        except RuntimeError as error:  # heads that the weights do not have
+            raise UsageError(f"{path}: config.json does not fit the weights of {name} ({one_line(error)})") from error
         if value.shape != parameter.shape:
             raise UsageError(f"{path}: {name} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
         parameter.copy_(value)
@@ -400,7 +403,10 @@ class HfWeights:
         self.path = path
         self.files = {}
         for file in weight_files(path):
-            handle = safe_open(path / file, framework="pt")
+            try:
+                handle = safe_open(path / file, framework="pt")
+            except SafetensorError as error:
+                raise UsageError(f"{path / file} is damaged ({one_line(error)}): copy or save it again") from error
             self.files.update(dict.fromkeys(handle.keys(), handle))
 
     def __getitem__(self, name: str) -> Tensor:

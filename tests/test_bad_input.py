@@ -69,6 +69,7 @@ CONTROLS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 # ---- Strategies --------------------------------------------------------------------------------------------------
 
 ANY_TEXT = st.text(st.characters(), max_size=20)  # half surrogate pairs, NULs and line separators among them
+WORDS = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=8)  # a line break is repeated
 ODD_NUMBERS = st.sampled_from([1e308, -1e-320, float("nan"), float("inf"), 10**30, -(2**63), 0, -1])
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | ODD_NUMBERS | ANY_TEXT
 JSON = st.recursive(
@@ -382,7 +383,7 @@ def evaluation_flags(smol_dir, tmp_path) -> Fuzzer:
     names = "--num-tasks --sglang-port --server-address --domain --task-split --agent --prompt --user --user-args "
     names += "--user-concurrency --num-trials --max-concurrency --seed --max-steps --max-errors --temperature "
     names += "--max-turn-tokens --max-context-len --redraw-ids --checkpoint --output-path"
-    word = st.sampled_from(names.split()) | st.sampled_from([*values, str(tmp_path)]) | st.text(max_size=8)
+    word = st.sampled_from(names.split()) | st.sampled_from([*values, str(tmp_path)]) | WORDS
 
     def check(words: list[str]) -> None:
         args = quiet_parse(evaluate_tau2.parse_args, ["--output-path", str(tmp_path / "o.json"), *words])

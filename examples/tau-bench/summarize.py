@@ -64,7 +64,7 @@ def read_numbers(path: Path) -> dict[str, Any]:
 
 
 def _is_interval(estimate: Any) -> bool:
-    ends = [estimate.get("low"), estimate.get("high")] if isinstance(estimate, dict) else [""]
+    ends = [estimate.get("low", ""), estimate.get("high", "")] if isinstance(estimate, dict) else [""]
     return ends == [None, None] or all(isinstance(end, int | float) for end in ends)
 
 
