@@ -254,7 +254,19 @@ def test_a_folder_that_does_not_exist_and_a_foreign_output(tmp_path, capsys):
 def test_a_server_of_another_model_is_refused(evaluate, model, capsys):
     model.model_path = "/models/other"
     code, result = evaluate("--num-tasks", "1")
-    assert code == 2 and result is None and "/models/other" in capsys.readouterr().err
+    assert code == 2 and result is None and "--served-as /models/other" in capsys.readouterr().err
+    code, result = evaluate("--num-tasks", "1", "--served-as", "/models/other")
+    assert code == 0 and result["pass_at_1"] == 1.0
+
+
+def test_tau2s_own_flag_names(tmp_path):
+    flags = "--agent teacher --task-split-name train --num-trials 2 --max-concurrency 4 --max-errors 10 --auto-resume"
+    flags += (
+        f" --user-llm scripted --agent-llm-args {{}} --user-llm-args {{}} --num-tasks 2 --save-to {tmp_path}/o.json"
+    )
+    assert main(flags.split()) == 0
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["task_split"] == "train" and result["seeds"] == [300, 301] and result["total_episodes"] == 4
 
 
 def test_a_port_that_something_else_holds_is_refused(tmp_path, tiny_model_dir, capsys, monkeypatch):
