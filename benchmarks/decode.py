@@ -80,7 +80,13 @@ def our_run(model, batch: int, steps: int):
 
     from slime_local.engine import Engine, Request, SamplingParams
 
-    engine = Engine(model, AutoTokenizer.from_pretrained(smollm2_dir()), CONTEXT + 64, batch, own_thread=False)
+    engine = Engine(
+        model,
+        AutoTokenizer.from_pretrained(smollm2_dir(), trust_remote_code=False),
+        CONTEXT + 64,
+        batch,
+        own_thread=False,
+    )
     prompts = [[row, *range(CONTEXT)] for row in range(batch)]
     for slot in engine.slots:
         slot.reserve(CONTEXT + 64)

@@ -103,11 +103,11 @@ def trl_step(folder, samples: list[dict]):
         report_to="none",
     )
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=config,
         train_dataset=Dataset.from_dict({"prompt": ["unused"]}),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
     )
     model, batches = trainer.model.train(), [trl_inputs(sample) for sample in samples]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)

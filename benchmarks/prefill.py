@@ -61,7 +61,13 @@ def our_run(model, count: int, kept: int, new: int):
 
     from slime_local.engine import Engine, Request, SamplingParams
 
-    engine = Engine(model, AutoTokenizer.from_pretrained(smollm2_dir()), kept + new + 8, count, own_thread=False)
+    engine = Engine(
+        model,
+        AutoTokenizer.from_pretrained(smollm2_dir(), trust_remote_code=False),
+        kept + new + 8,
+        count,
+        own_thread=False,
+    )
     for slot in engine.slots:
         slot.reserve(kept + new)
         slot.kv.normal_()

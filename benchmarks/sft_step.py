@@ -106,10 +106,10 @@ def trl_step(folder, data):
     )
     clock = Clock()
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=False),
         args=config,
         train_dataset=Dataset.from_dict({"input_ids": [i for i, _ in data], "assistant_masks": [m for _, m in data]}),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
         callbacks=[clock],
     )
 

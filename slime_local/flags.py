@@ -707,7 +707,7 @@ def eval_datasets(args: argparse.Namespace) -> list[EvalDataset]:
     datasets = []
     for row in rows:
         settings = {**_eval_fallbacks(args), **defaults, **row}
-        unknown = sorted(settings.keys() - known)
+        unknown = sorted(map(str, settings.keys() - known))
         if unknown or "path" not in settings:
             what = f"unknown keys {', '.join(unknown)}" if unknown else "no path"
             raise UsageError(f"--eval-config {args.eval_config}: data set {row.get('name')!r} has {what}")
