@@ -18,7 +18,7 @@ def both_models(shape: str, device: str):
     with tempfile.TemporaryDirectory() as folder:
         path = smollm2_dir() if shape == "smollm2" else random_qwen3_4b(folder)
         ours = load_model(path, dtype, device).requires_grad_(False)
-        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device).eval()
     return ours, theirs
 
 
