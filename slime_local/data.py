@@ -101,7 +101,7 @@ def row_tools(row: dict[str, Any], tool_key: str | None) -> list[dict[str, Any]]
         except RecursionError as error:
             raise ValueError(f"{tool_key} is nested too deeply") from error
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{tool_key} is {str(tools)[:80]!r}: give a list of objects, or leave the key out")
+        raise ValueError(f"{tool_key} is {repr(tools)[:80]}: give a list of objects, or leave the key out")
     return tools
 
 
