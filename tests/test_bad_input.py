@@ -144,7 +144,6 @@ def one_line(call: Callable[[], Any], *refusals: type[Exception]) -> Any:
     except refusals as refusal:
         text = str(refusal)
         assert text.strip() and "\n" not in text.strip() and "Traceback" not in text
-        text.encode()  # it can be printed
         return None
 
 

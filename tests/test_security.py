@@ -315,7 +315,7 @@ def test_no_key_is_left_behind_by_training(run, provider, tiny_model_dir):
     settings["tau2_user_args"] = {"api_base": provider.base, "num_retries": 0}
     (run.folder / "c.yaml").write_text(json.dumps(settings))
     run(sys.executable, ROOT / "train.py", *GRPO, *model, "--prompt-data", "telecom_train_tasks.jsonl")
-    output = ["--checkpoint", "sft/hf", "--prompt", "short", "--num-tasks", 1, "--max-turn-tokens", 16]
+    output = ["--checkpoint", "sft/hf", "--prompt", "short", "--num-tasks", 1]
     with serving(FakeModel(load_chat_template(str(tiny_model_dir)), model_path=str(run.folder / "sft/hf"))) as (
         _,
         port,
