@@ -219,11 +219,10 @@ def folder_with(tmp_path, *names):
 def test_what_is_no_hf_folder_is_refused_with_the_converting_command(run_script, tmp_path, files, folder, named):
     folder_with(tmp_path, *files)
     output = tmp_path / "out.json"
-    began = time.monotonic()
     done = run_script(SCRIPT, "--checkpoint", tmp_path / folder, "--output-path", output)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert all(part in done.stderr for part in named), done.stderr
-    assert not list(tmp_path.glob("out*")) and time.monotonic() - began < 30
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(
