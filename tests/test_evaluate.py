@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -256,6 +257,18 @@ def test_a_server_of_another_model_is_refused(evaluate, model, capsys):
     assert code == 2 and result is None and "--served-as /models/other" in capsys.readouterr().err
     code, result = evaluate("--num-tasks", "1", "--served-as", "/models/other")
     assert code == 0 and result["pass_at_1"] == 1.0
+
+
+def test_a_server_elsewhere_needs_only_config_and_tokenizer_here(model, tiny_model_dir, tmp_path, capsys):
+    folder, output = tmp_path / "no-weights", tmp_path / "o.json"
+    shutil.copytree(tiny_model_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    flags = ["--checkpoint", str(folder), "--prompt", "short", "--num-tasks", "1", "--output-path", str(output)]
+    assert main(flags) == 2 and "no weights" in capsys.readouterr().err
+    with serving(model) as (host, port):
+        flags += ["--server-address", f"{host}:{port}", "--served-as", str(tiny_model_dir)]
+        assert main(flags) == 0
+    made_of = json.loads(output.read_text())["settings"]["model"]
+    assert made_of["served_as"] == str(tiny_model_dir) and made_of["at"] == f"{host}:{port}"
 
 
 def test_tau2s_own_flag_names(tmp_path):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import chat_agent
 from generate_with_tau import TURN_TOKENS, TokenAgent, TokenLimits, close_session, model_context, sampling_seed
-from model_server import Server, check_checkpoint, fingerprint, running_server, weights_changed
+from model_server import Server, check_checkpoint, fingerprint, has_weights, running_server, weights_changed
 from openai_tool_adapter import ChatTemplate, load_chat_template
 from tau2_episode import (
     PROMPTS,
@@ -219,7 +219,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.agent == CHECKPOINT:
         if not args.checkpoint:
             raise BadInput(f"--agent {CHECKPOINT} needs --checkpoint DIR")
-        check_checkpoint(Path(args.checkpoint))
+        check_checkpoint(Path(args.checkpoint), needs_weights=not args.server_address)
     if args.agent == chat_agent.CHAT:
         chat_agent.make_endpoint(args)
     if not os.path.isdir(Path(args.output_path).parent):
@@ -261,7 +261,12 @@ def model_identity(args: argparse.Namespace) -> str | dict | None:
     """What tells the agent's model from another; None for an agent without one."""
     if args.agent == chat_agent.CHAT:
         return chat_agent.identity(args)
-    return fingerprint(Path(args.checkpoint)) if args.agent == CHECKPOINT else None
+    if args.agent != CHECKPOINT:
+        return None
+    folder = Path(args.checkpoint)
+    if has_weights(folder):
+        return fingerprint(folder)
+    return {"config": fingerprint(folder), "served_as": args.served_as or args.checkpoint, "at": args.server_address}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +289,7 @@ def run_owed(args: argparse.Namespace, config: EpisodeConfig, owed: list, rows: 
             template = load_chat_template(args.checkpoint)
             server = stack.enter_context(running_server(args))
             make_agent, alive = token_agents(args, template, server), server.alive
-            changed = functools.partial(weights_changed, server, args.checkpoint, rows.settings["model"])
+            changed = functools.partial(weights_changed, server, args.checkpoint, fingerprint(Path(args.checkpoint)))
         if args.agent == chat_agent.CHAT:
             make_agent, preflight = chat_agent.make_chat_agents(args)
             preflight()

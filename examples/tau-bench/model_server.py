@@ -48,8 +48,10 @@ CONVERTER = (
 # The model folder
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Raises BadInput when `folder` is not an HF model folder; with the converting command for an iteration folder."""
+def check_checkpoint(folder: Path, needs_weights: bool = True) -> None:
+    """Raises BadInput when `folder` is not an HF model folder; with the converting command for an iteration folder.
+
+    needs_weights: not so where a server elsewhere has them, and only config and tokenizer are read here."""
     if not os.path.exists(folder):
         raise BadInput(f"--checkpoint {folder}: no such folder")
     tracker = folder / "latest_checkpointed_iteration.txt"
@@ -60,7 +62,7 @@ def check_checkpoint(folder: Path) -> None:
     if re.fullmatch(r"iter_\d+", folder.resolve().name) or any(folder.glob("*.distcp")):
         raise BadInput(_not_hf(folder, "a training checkpoint, not a Hugging Face folder", folder))
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    missing += [] if any(any(folder.glob(pattern)) for pattern in WEIGHTS) else ["weights (*.safetensors)"]
+    missing += [] if has_weights(folder) or not needs_weights else ["weights (*.safetensors)"]
     missing += [] if any((folder / name).is_file() for name in TOKENIZERS) else ["a tokenizer (tokenizer.json)"]
     if missing:
         raise BadInput(f"--checkpoint {folder}: not a Hugging Face model folder, it has no {', no '.join(missing)}")
@@ -69,6 +71,10 @@ def check_checkpoint(folder: Path) -> None:
 def _not_hf(folder: Path, what: str, iteration: Path) -> str:
     command = CONVERTER.format(folder=shlex.quote(str(iteration)))
     return f"--checkpoint {folder} is {what}; use the folder that --save-hf wrote, or convert it in slime: {command}"
+
+
+def has_weights(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in WEIGHTS)
 
 
 def fingerprint(folder: Path) -> str:
