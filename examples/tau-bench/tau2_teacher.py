@@ -45,6 +45,7 @@ _CHECKLISTS = {
         "restart your phone",
     ],
 }
+_ISSUES = {"service": "network service", "data": "internet", "mms": "MMS"}
 _TESTS = {"service": [], "data": ["run a speed test"], "mms": ["try an MMS"]}
 
 
@@ -110,12 +111,14 @@ class ScriptedTeacher:
                 return
 
     def _solve_by_checklist(self) -> Steps:
-        """As `_solve`, in one message for all paths of the issue."""
+        """As `_solve`, in one message for all paths of the issue. It begins with the issue: a small model that has to
+        remember it in the middle of the list takes one list for the other."""
         fixes = list(_CHECKLISTS["service"])
         if self._issue != "service":
             fixes += ["turn mobile data on", *(["turn roaming on"] if self._abroad else [])]
             fixes += _CHECKLISTS[self._issue]
-        said = (yield from _say(f"Where needed, {_please([*fixes, *self._test]).replace('Please', 'please')}")).lower()
+        request = _please([*fixes, *self._test]).replace("Please", "please")
+        said = (yield from _say(f"For your {_ISSUES[self._issue]} problem, where needed, {request}")).lower()
         if "locked" in said:
             return
         if self._issue == "service":
