@@ -13,11 +13,8 @@ def attend_paths(q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]]) -> T
     """Each segment attends causally over its path: q [U, kv, group, D], k and v [U, kv, D] -> [U, kv * group * D]."""
     sizes = [path[-1].stop - path[-1].start for path in paths]
     place = {path[-1].start: i for i, path in enumerate(paths)}
-    queries, keys, values = (
-        q.split(sizes),
-        k.split(sizes),
-        v.split(sizes),
-    )  # not slices: their gradients are not summed
+    # Split and not sliced: the gradients of slices would be summed.
+    queries, keys, values = (x.split(sizes) for x in (q, k, v))
     out = []
     for i, path in enumerate(paths):
         parts = [place[span.start] for span in path]

@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
         results = [rows.done[task.id, trial] for task, trial in wanted]
     floor = measure_floor(args.domain, tasks)
     summary = {
-        **about(args, results[0]["user"]),
+        **about(args, results[0]["user"], rows.settings),
         **numbers(results, floor),
         "minutes": minutes(results),
         "versions": versions(),
@@ -411,8 +411,8 @@ def measure_floor(domain: str, tasks: list) -> float | None:
 # Numbers
 
 
-def about(args: argparse.Namespace, customer: dict) -> dict[str, Any]:
-    """What was evaluated, and how."""
+def about(args: argparse.Namespace, customer: dict, made_with: dict) -> dict[str, Any]:
+    """What was evaluated, and how. made_with: the settings that the rows carry."""
     names = "domain task_split agent prompt seed num_trials temperature max_steps max_errors max_turn_tokens"
     return {
         "checkpoint": args.checkpoint if args.agent == CHECKPOINT else None,
@@ -420,7 +420,7 @@ def about(args: argparse.Namespace, customer: dict) -> dict[str, Any]:
         "agent_llm": args.agent_llm,
         "seeds": [args.seed + trial for trial in range(args.num_trials)],
         "customer": customer,
-        "settings": json.loads(json.dumps(settings(args))),
+        "settings": made_with,
     }
 
 
