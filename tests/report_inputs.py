@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
-from evaluate_tau2 import about, agent_info, episode_row, measure_floor, numbers, parse_args, versions
+from evaluate_tau2 import about, agent_info, episode_row, measure_floor, numbers, parse_args, settings, versions
 from tau2_episode import EpisodeConfig, load_tasks, run_episode
 from tau2_results import tau2_results
 from tau2_teacher import AGENTS
@@ -41,7 +41,7 @@ def result(tasks: list, rows: list[dict], checkpoint: str = "runs/local/sft/hf")
     trials = 1 + max(row["trial"] for row in rows)
     flags = ["--prompt", "short", "--num-trials", str(trials), "--agent", "teacher", "--max-turn-tokens", "96"]
     args = parse_args([*flags, "--output-path", "x.json"])
-    told = about(args, rows[0]["user"]) | {"agent": "checkpoint", "checkpoint": checkpoint}
+    told = about(args, rows[0]["user"], settings(args)) | {"agent": "checkpoint", "checkpoint": checkpoint}
     config = EpisodeConfig(prompt="short")
     return {
         **told,
