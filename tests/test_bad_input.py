@@ -826,7 +826,7 @@ WRONG_COMMANDS = [
     ("teacher_traces.py", "--tasks torn.jsonl", "line 2 is not JSON"),
     ("teacher_traces.py", "--tasks odd-task.jsonl", "the task 'x' is not one of tau2's"),
     ("teacher_traces.py", "--num-traces 0", "no whole number from 1 to"),
-    ("teacher_traces.py", "--mix mms=2", "'mms' is no issue type; they are: service_issue"),
+    ("teacher_traces.py", "--mix mms_issue=0", "'0' is no whole number from 1 to 1,000,000"),
     ("teacher_traces.py", "--slip 2", "2 is not between 0 and 1"),
     ("teacher_traces.py", "--style loud", "invalid choice: 'loud'"),
     ("teacher_traces.py", "--user-args {", "not a JSON object"),

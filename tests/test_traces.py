@@ -98,6 +98,16 @@ def test_balance_draws_issue_types_equally(data, tmp_path):
     assert set(kinds.values()) == {10} and len(kinds) == 3
 
 
+def test_a_sub_issue_can_be_drawn_more_often(data, tmp_path, capsys):
+    mix = "service_issue=1,overdue_bill_suspension=2"
+    rows = make(data, tmp_path / "rows", "--num-traces", "40", "--mix", mix, "--prompt", "short")
+    unpaid = [row for row in rows if "overdue_bill_suspension" in row["metadata"]["task_id"]]
+    assert len(rows) == 40 and len(unpaid) == 16
+    flags = ["--num-traces", "4", "--mix", "overdue=1", "--prompt", "short"]
+    assert teacher_traces.main(["--local_dir", str(data), "--output", str(tmp_path / "none"), *flags]) == 2
+    assert "no task is of the kind 'overdue'; they are: airplane_mode_on, " in capsys.readouterr().err
+
+
 def test_slips_are_marked_and_everything_else_is_trained(data, tmp_path):
     rows = make(data, tmp_path / "rows", "--num-traces", "20", "--slip", "1", "--prompt", "short")
     masked = [[m for m in row["prompt"][2:] if m.get("step_loss_mask") == 0] for row in rows]

@@ -48,6 +48,7 @@ from tau2_episode import (
     run_episode,
     system_prompt,
 )
+from tau2_metrics import sub_issues
 from tau2_mock import check_folder, read_jsonl, read_task_rows, write_jsonl
 from tau2_teacher import STYLES, ScriptedTeacher
 
@@ -56,7 +57,6 @@ HUB_FILE = "blended_traces_v4.jsonl"
 TRIES = 3  # of an episode that the machinery broke
 CONTROL_TEXT = re.compile(r"<\|[^|<>]{1,40}\|>|</?(tool_call|tool_response|tools|think)>")
 MOST = 1_000_000  # episodes, or what else is counted on the command line
-ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,16 +65,29 @@ ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")
 
 
 def draw_tasks(rows: list[dict], count: int, mix: dict[str, int] | None, seed: int) -> list[dict]:
-    """`count` task rows in a seeded order that uses every task once before any twice. With a `mix` of weights, issue
-    types take turns so often, however many tasks each has (a type that it does not name: once)."""
+    """`count` task rows in a seeded order that uses every task once before any twice.
+
+    With a `mix` of weights, kinds of tasks take turns so often, however many tasks each has (an issue type that it
+    does not name: once). Raises BadInput when no task is of a kind that it names."""
     rng = random.Random(seed)
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        groups.setdefault("all" if mix is None else issue_type(row["task"]["id"]), []).append(row)
+        groups.setdefault("all" if mix is None else _kind(row["task"]["id"], mix), []).append(row)
+    if missing := [kind for kind in mix or {} if kind not in groups]:
+        known = sorted(
+            {name for row in rows for name in (issue_type(row["task"]["id"]), *sub_issues(row["task"]["id"]))}
+        )
+        raise BadInput(f"--mix: no task is of the kind {missing[0]!r}; they are: {', '.join(known)}")
     decks = {kind: _deal(groups[kind], rng) for kind in sorted(groups)}
     weights = {kind: (mix or {}).get(kind, 1) for kind in decks}
     turns = [kind for turn in range(max(weights.values())) for kind in decks if turn < weights[kind]]
     return [next(decks[kind]) for kind in itertools.islice(itertools.cycle(turns), count)]
+
+
+def _kind(task_id: str, mix: dict[str, int]) -> str:
+    """The first sub-issue of the mix that the task has, or else its issue type."""
+    found = sub_issues(task_id)
+    return next((name for name in mix if name in found), issue_type(task_id))
 
 
 def _deal(rows: list[dict], rng: random.Random) -> Iterator[dict]:
@@ -443,13 +456,8 @@ def json_object(text: str) -> dict:
 
 def mix_weights(text: str) -> dict[str, int]:
     """{"mms_issue": 3} of "mms_issue=3"."""
-    weights = {}
-    for part in text.split(","):
-        kind, _, number = part.partition("=")
-        if kind.strip() not in ISSUES:
-            raise argparse.ArgumentTypeError(f"{kind.strip()!r} is no issue type; they are: {', '.join(ISSUES)}")
-        weights[kind.strip()] = positive(number)
-    return weights
+    parts = [part.partition("=") for part in text.split(",")]
+    return {kind.strip(): positive(number) for kind, _, number in parts}
 
 
 def share(text: str) -> float:
@@ -481,7 +489,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tasks", type=Path, nargs="+", help="files of tau2_mock.py (default: LOCAL_DIR/telecom_train_tasks.jsonl)")
     add("--num-traces", type=positive, help="episodes to run; those that fail are dropped (default: EPOCHS x tasks)")
     add("--epochs", type=positive, default=1, help="episodes per task (default: 1)")
-    add("--mix", type=mix_weights, metavar="TYPE=N,...", help="draw issue types by these weights, others once")
+    add(
+        "--mix", type=mix_weights, metavar="KIND=N,...", help="draw issue types, or tasks with a sub-issue, by weights"
+    )
     add("--style", choices=STYLES, default="checks", help="how the teacher asks (see tau2_teacher.py)")
     add("--slip", type=share, default=0.0, help="share of episodes in which the teacher forgets a fix and mends it")
     add("--redraw-ids", action="store_true", help="draw names, phone numbers and ids anew in each episode")
