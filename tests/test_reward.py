@@ -334,11 +334,12 @@ def test_group_metrics_say_what_partial_credit_adds():
 
 def test_the_log_counts_dropped_groups_where_the_hook_saw_them():
     args, extra, told = SimpleNamespace(), {}, []
-    source = SimpleNamespace(record_outcomes=told.extend)
+    source = SimpleNamespace(record_outcomes=told.extend, metrics=lambda: {"curriculum/open": 3})
     process_all_samples(args, [FAILED, MIXED], source)
     assert told == [*FAILED, *MIXED]
     log_rollout(0, args, MIXED, extra, 1.0)
     assert (extra["rollout/groups/all"], extra["rollout/groups/failed"]) == (2, 1)
+    assert extra["rollout/curriculum/open"] == 3
     log_rollout(1, args, MIXED, extra, 1.0)  # a rollout without the hook: nothing of the last one is left
     assert (extra["rollout/groups/all"], extra["rollout/groups/failed"]) == (1, 0)
 

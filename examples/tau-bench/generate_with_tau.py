@@ -16,6 +16,7 @@ Settings are attributes of slime's args, set in the YAML of --custom-config-path
     tau2_retries: 1                  new tries of an episode that the machinery broke
     tau2_generate_timeout: 900       seconds for one /generate call
     tau2_partial_alpha: 0.5          tau2_partial_matching, tau2_customer_tool_penalty: see tau2_reward_shaping.py
+    tau2_curriculum_tries: 8         and others: see tau2_curriculum.py
 
 --rollout-max-response-len bounds the whole response of a sample (the agent's turns and what came between them), and
 --rollout-max-context-len prompt and response together; both are checked before each call. What reaches a limit ends as
@@ -65,7 +66,8 @@ SETTINGS = [
     f"tau2_{name}"
     for name in (
         "domain prompt user user_args user_concurrency max_steps max_errors max_turn_tokens redraw_ids data retries "
-        "generate_timeout partial_alpha partial_matching customer_tool_penalty"
+        "generate_timeout partial_alpha partial_matching customer_tool_penalty curriculum_tries curriculum_window "
+        "curriculum_revisit curriculum_start"
     ).split()
 ]
 ROUTING_HEADER = "X-SMG-Routing-Key"

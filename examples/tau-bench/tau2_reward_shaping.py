@@ -192,6 +192,7 @@ def process_all_samples(args: Any, groups: Sequence[Sequence[Any]], data_source:
     source = getattr(data_source, "__self__", data_source)
     if hasattr(source, "record_outcomes"):
         source.record_outcomes(sample for group in groups for sample in group if is_episode(sample))
+        args.all_groups_metrics |= source.metrics()
 
 
 def group_kind(args: Any, samples: Sequence[Any]) -> SimpleNamespace:
