@@ -366,3 +366,33 @@ def test_a_file_with_classes_is_not_unpickled(tmp_path, capsys):
     torch.save({"samples": [Sample(index=0)]}, path)
     assert teacher_traces.main(["--local_dir", str(tmp_path), "--from-rollouts", str(path)]) == 2
     assert "plain values" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The count of groups with a gradient
+
+
+def test_groups_that_gain_a_gradient_are_counted_from_the_files_of_a_run(natural, tmp_path, run_script):
+    def group(number, *outcomes):
+        found = []
+        for solved, met in outcomes:
+            checks = {"action_checks": [{"sound": met, "official": True}]}
+            sample = changed(natural[0], solved=solved, reward=float(solved), checks=checks)
+            sample.group_index, sample.reward = number, float(solved)
+            found.append(sample)
+        return found
+
+    samples = [
+        *group(0, (0, 0), (0, 1)),
+        *group(1, (0, 0), (0, 0)),
+        *group(2, (1, 1), (0, 0)),
+        *group(3, (1, 1), (1, 1)),
+    ]
+    save_debug_samples(f"{tmp_path}/rollouts/{{rollout_id}}.pt", 0, samples)
+    done = run_script("benchmarks/partial_credit.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 groups, 1 in which the binary reward has a gradient" in done.stdout
+    assert "2 failed by all; the shaped one has a gradient in 1" in done.stdout
+    assert "1 solved by all; the shaped one has a gradient in 0" in done.stdout
+    done = run_script("benchmarks/partial_credit.py", tmp_path, "--matching", "official")
+    assert "2 failed by all; the shaped one has a gradient in 0" in done.stdout
