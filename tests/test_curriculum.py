@@ -213,6 +213,7 @@ async def generate(args, sample, sampling_params):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_draws_the_same_tasks(tmp_path, tiny_model_dir):
     (tmp_path / "plugin.py").write_text(PLUGIN)
     rows = [{"index": i, "metadata": {"task_id": f"t{i}", "number": i % 7}} for i in range(20)]
