@@ -17,6 +17,9 @@ GRPO = (
     "--custom-generate-function-path generate_with_tau.generate --input-key index --num-rollout 2 "
     "--custom-reward-post-process-path tau2_reward_shaping.tau2_reward_post_process "
     "--custom-rollout-log-function-path tau2_reward_shaping.log_rollout --rollout-batch-size 2 "
+    "--dynamic-sampling-filter-path tau2_reward_shaping.check_shaped_reward_spread_with_fallback "
+    "--rollout-all-samples-process-path tau2_reward_shaping.process_all_samples --over-sampling-batch-size 3 "
+    "--data-source-path tau2_curriculum.CurriculumDataSource "
     "--n-samples-per-prompt 2 --global-batch-size 4 --rollout-max-response-len 400 --rollout-max-context-len 2048 "
     "--rollout-temperature 1.0 --use-kl-loss --kl-loss-coef 0.01 --lr 1e-4 --sglang-router-port 0"
 ).split()
@@ -55,7 +58,8 @@ def test_the_four_stages(run, tiny_model_dir):
     run(ROOT / "train.py", "--host", "local", *model, *GRPO, *keep, *rollouts, *tasks)
     logged = {name: value for row in log(run.folder / "grpo") for name, value in row.items()}
     assert logged["train/train_rollout_logprob_abs_diff"] < 1e-3
-    assert any("stop/" in name for name in logged)
+    assert any("stop/" in name for name in logged) and logged["rollout/groups/all"] >= 2
+    assert logged["rollout/curriculum/untried"] + logged["rollout/curriculum/open"] == 74
     check_samples(run.folder / "rollout_0.pt")
 
     output = evaluate(run, "grpo", "grpo/hf")

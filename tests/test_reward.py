@@ -9,15 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from generate_with_tau import check_args
 from slime_local.sample import Sample
-from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, load_tasks, run_episode, sound_matches
+from tau2_episode import AgentToolCall, AgentTurn, BadInput, EpisodeConfig, load_tasks, run_episode, sound_matches
 from tau2_reward_shaping import (
+    MOST_PENALTY,
+    check_shaped_reward_spread,
+    check_shaped_reward_spread_with_fallback,
     episode_metrics,
+    group_metrics,
     log_eval_rollout,
     log_rollout,
     partial_score,
+    process_all_samples,
     shaped_reward,
     tau2_reward_post_process,
+    trained_reward,
 )
 from tau2_teacher import DoNothing, ScriptedTeacher
 
@@ -269,7 +276,8 @@ def test_metrics_name_end_reasons_and_leave_lost_episodes_out_of_the_means():
 def test_log_hooks_add_to_what_slime_logs_and_let_it_go_on():
     args, extra, extra_eval = SimpleNamespace(), {"reward": 1.0}, {}
     assert log_rollout(3, args, [Sample(index=0)], extra, 0.5) is False and args.logged_rollout_id == 3
-    assert extra == {"reward": 1.0, "rollout/stop/unknown": 1.0, "rollout/aborted": 0}
+    counted = {"reward": 1.0, "rollout/stop/unknown": 1.0, "rollout/aborted": 0, "rollout/groups/broken": 1}
+    assert counted.items() <= extra.items()
     data = {"test": {"rewards": [1.0], "truncated": [False], "samples": [sample(1.0)]}}
     assert log_eval_rollout(4, args, data, extra_eval) is False and args.logged_eval_rollout_id == 4
     assert extra_eval["eval/test/pass_rate"] == 1.0
@@ -280,3 +288,83 @@ def test_partial_score_reads_what_run_episode_writes():
     task = load_tasks("telecom", "test")[0]
     episode = asyncio.run(run_episode(task, DoNothing(), EpisodeConfig()))
     assert set(episode.checks) == {*"action_checks communicate_checks env_assertions reward_basis given_up".split()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups without a spread, and the penalty for the customer's tools
+
+FAILED = [sample(action=(False,)), sample(action=(False,))]
+FAILED_BUT_PARTLY = [sample(action=(True, False)), sample(action=(False, False))]
+SOLVED = [sample(1.0), sample(1.0)]
+MIXED = [sample(1.0), sample(0.0)]
+BROKEN = [sample(1.0), sample(0.0, removed=True), sample(0.0, status="ABORTED")]
+
+
+@pytest.mark.parametrize(
+    ("group", "keep", "reason"),
+    [
+        (FAILED, False, "no_spread_failed"),
+        (FAILED_BUT_PARTLY, True, None),
+        (SOLVED, False, "no_spread_solved"),
+        (MIXED, True, None),
+        (BROKEN, False, "no_spread_broken"),
+    ],
+)
+def test_the_filter_keeps_what_the_trained_reward_tells_apart(group, keep, reason):
+    output = check_shaped_reward_spread(SimpleNamespace(), group)
+    assert (output.keep, output.reason, output.keep_when_insufficient) == (keep, reason, False)
+    assert check_shaped_reward_spread_with_fallback(SimpleNamespace(), group).keep_when_insufficient
+    advantages = tau2_reward_post_process(SimpleNamespace(), group)[1]
+    assert keep == any(value != 0 for value in advantages)
+
+
+def test_without_partial_credit_the_filter_sees_the_binary_reward():
+    assert not check_shaped_reward_spread(SimpleNamespace(tau2_partial_alpha=0), FAILED_BUT_PARTLY).keep
+
+
+def test_group_metrics_say_what_partial_credit_adds():
+    metrics = group_metrics(SimpleNamespace(), [FAILED, FAILED_BUT_PARTLY, SOLVED, MIXED, BROKEN])
+    counts = {"all": 5, "failed": 2, "solved": 1, "mixed": 1, "broken": 1}
+    assert metrics == {
+        **{f"groups/{name}": count for name, count in counts.items()},
+        "groups/failed_with_gradient": 1,
+        "groups/solved_with_gradient": 0,
+    }
+
+
+def test_the_log_counts_dropped_groups_where_the_hook_saw_them():
+    args, extra, told = SimpleNamespace(), {}, []
+    source = SimpleNamespace(record_outcomes=told.extend, metrics=lambda: {"curriculum/open": 3})
+    process_all_samples(args, [FAILED, MIXED], source)
+    assert told == [*FAILED, *MIXED]
+    log_rollout(0, args, MIXED, extra, 1.0)
+    assert (extra["rollout/groups/all"], extra["rollout/groups/failed"]) == (2, 1)
+    assert extra["rollout/curriculum/open"] == 3
+    log_rollout(1, args, MIXED, extra, 1.0)  # a rollout without the hook: nothing of the last one is left
+    assert (extra["rollout/groups/all"], extra["rollout/groups/failed"]) == (1, 0)
+
+
+@given(
+    st.integers(0, 50), st.floats(0, 5), st.lists(st.booleans(), min_size=1, max_size=4), st.sampled_from([0.0, 1.0])
+)
+def test_the_penalty_is_off_by_default_and_never_puts_a_solved_episode_below_another(calls, penalty, action, reward):
+    episode = sample(reward, action=action, customer_tool_calls=calls)
+    plain, punished = SimpleNamespace(), SimpleNamespace(tau2_customer_tool_penalty=penalty)
+    assert trained_reward(plain, episode) == shaped_reward(reward, checks(action))
+    paid = trained_reward(plain, episode) - trained_reward(punished, episode)
+    assert paid == pytest.approx(min(calls * penalty, MOST_PENALTY))
+    assert episode.reward == reward
+    failed = sample(0.0, action=[True])
+    assert reward == 0.0 or trained_reward(punished, episode) > trained_reward(punished, failed)
+
+
+def test_settings_of_the_reward_are_checked_before_a_rollout():
+    for name, value in [
+        ("partial_alpha", "much"),
+        ("customer_tool_penalty", -1),
+        ("customer_tool_penalty", float("nan")),
+        ("partial_matching", "tau2"),
+    ]:
+        with pytest.raises(BadInput, match=f"tau2_{name}"):
+            check_args(SimpleNamespace(**{f"tau2_{name}": value}))
+    check_args(SimpleNamespace(tau2_customer_tool_penalty=0.1, tau2_partial_matching="official"))

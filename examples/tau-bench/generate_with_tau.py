@@ -15,7 +15,8 @@ Settings are attributes of slime's args, set in the YAML of --custom-config-path
     tau2_data: null                  tasks JSONL, for rows whose metadata hold no task
     tau2_retries: 1                  new tries of an episode that the machinery broke
     tau2_generate_timeout: 900       seconds for one /generate call
-    tau2_partial_alpha: 0.5          and tau2_partial_matching: see tau2_reward_shaping.py
+    tau2_partial_alpha: 0.5          tau2_partial_matching, tau2_customer_tool_penalty: see tau2_reward_shaping.py
+    tau2_curriculum_tries: 8         and others: see tau2_curriculum.py
 
 --rollout-max-response-len bounds the whole response of a sample (the agent's turns and what came between them), and
 --rollout-max-context-len prompt and response together; both are checked before each call. What reaches a limit ends as
@@ -52,6 +53,7 @@ from tau2_episode import (
     load_tasks,
     run_episode,
 )
+from tau2_reward_shaping import MATCHINGS
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,8 @@ SETTINGS = [
     f"tau2_{name}"
     for name in (
         "domain prompt user user_args user_concurrency max_steps max_errors max_turn_tokens redraw_ids data retries "
-        "generate_timeout partial_alpha partial_matching"
+        "generate_timeout partial_alpha partial_matching customer_tool_penalty curriculum_tries curriculum_window "
+        "curriculum_revisit curriculum_start"
     ).split()
 ]
 ROUTING_HEADER = "X-SMG-Routing-Key"
@@ -323,11 +326,26 @@ def check_args(args: Any) -> None:
     if unknown:
         raise BadInput(f"unknown setting(s) {', '.join(unknown)}; the plug-ins know: {', '.join(SETTINGS)}")
     _refuse_partial_rollout(args)
+    _check_reward(args)
     config = episode_config(args, {})
     config.validate()
     if getattr(args, "tau2_data", None):
         _tasks_by_index(str(args.tau2_data))
     check_customer(config)
+
+
+def _check_reward(args: Any) -> None:
+    for name in ("tau2_partial_alpha", "tau2_customer_tool_penalty"):
+        value = getattr(args, name, 0.0)
+        try:
+            usable = 0 <= float(value) < math.inf
+        except (TypeError, ValueError):
+            usable = False
+        if not usable:
+            raise BadInput(f"{name} is {str(value)[:40]!r}: give a number of at least 0")
+    matching = getattr(args, "tau2_partial_matching", "sound")
+    if matching not in MATCHINGS:
+        raise BadInput(f"tau2_partial_matching is {str(matching)[:40]!r}; choose one of: {', '.join(MATCHINGS)}")
 
 
 def _refuse_partial_rollout(args: Any) -> None:
@@ -454,7 +472,7 @@ def _slime_is_aborting(args: Any) -> bool:
 
 
 def _finish(args: Any, sample: Any, agent: TokenAgent, episode: Episode) -> Any:
-    record = _record(agent, episode)
+    record = {**_record(agent, episode), "redraw_ids": bool(getattr(args, "tau2_redraw_ids", False))}
     if episode.end_reason.is_infrastructure:
         return _remove(sample, record)
     if not agent.turns:

@@ -818,7 +818,7 @@ class _Run:
     def _tool_result(self, result: Any) -> dict:
         names = {call["id"]: call["function"]["name"] for call in self.episode.messages[-1].get("tool_calls", [])}
         content = self.shown_errors.get(result.id, result.content)
-        content = _short_result(content) if self.config.prompt == "short" else content
+        content = short_result(content) if self.config.prompt == "short" else content
         return {"role": "tool", "tool_call_id": result.id, "name": names.get(result.id, ""), "content": content}
 
     def _to_tau2(self, turn: AgentTurn) -> Any:
@@ -950,7 +950,7 @@ def _all_user_tools(domain: str, named: tuple[str, ...] | None) -> list | None:
     return environment.get_user_tools() if named is None else environment.get_user_tools(include=list(named))
 
 
-def _short_result(content: str) -> str:
+def short_result(content: str) -> str:
     """A JSON tool result without the fields in SHORT_DROPS; any other text as it is."""
     try:
         value = json.loads(content)

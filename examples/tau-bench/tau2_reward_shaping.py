@@ -3,10 +3,14 @@
     --custom-reward-post-process-path tau2_reward_shaping.tau2_reward_post_process
     --custom-rollout-log-function-path tau2_reward_shaping.log_rollout
     --custom-eval-rollout-log-function-path tau2_reward_shaping.log_eval_rollout
+    --dynamic-sampling-filter-path tau2_reward_shaping.check_shaped_reward_spread    (optional)
+    --rollout-all-samples-process-path tau2_reward_shaping.process_all_samples       (optional)
 
 `sample.reward` is tau2's binary reward and stays as it is. The trained reward is
 
-    R = reward + alpha * partial        alpha: tau2_partial_alpha, 0.5
+    R = reward + alpha * partial - min(penalty * calls, 0.25)
+
+    alpha: tau2_partial_alpha, 0.5      penalty: tau2_customer_tool_penalty, 0 (off)
 
 where `partial` (0..1) is the share of the task's checks that are met, weighted .7 action, .1 communicate, .2 assertion
 and renormalised over the kinds of checks that the task has. Telecom has no communicate checks: .778 action, .222
@@ -18,6 +22,13 @@ nothing for free: a check counts only for a call by the right side, without a to
 call, and for none at all where the agent then gave an unsolved customer to a human whom the task does not need: every
 write tool and a hand-over would otherwise earn more than the hand-over ("sound" matching). tau2_partial_matching:
 official selects tau2's own matcher for comparison; it can be gamed.
+
+`calls` counts the agent's calls of tools that only the customer's phone has. What they cost is bounded, so that with
+alpha 0.5 whatever is solved (0.75 or more) stays above whatever is not (0.5 or less).
+
+A group whose rewards are all equal trains nothing. The filter drops groups without a spread of R, so that slime
+samples others in their place (--over-sampling-batch-size says how many at a time); slime's own
+check_reward_nonzero_std looks at the binary reward and also drops what only partial credit tells apart.
 """
 
 from __future__ import annotations
@@ -25,18 +36,22 @@ from __future__ import annotations
 import importlib.util
 import logging
 import statistics
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 ALPHA = 0.5
+MOST_PENALTY = 0.25
 WEIGHTS = {"action": 0.7, "communicate": 0.1, "assertion": 0.2}
 MATCHINGS = ("sound", "official")
 GROUP_NORMALISED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
 STD_NORMALISED = ("grpo", "gspo", "cispo")
 STD_EPSILON = 1e-6  # slime's
+SPREAD = 1e-6  # a smaller difference of rewards is none
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,8 +78,21 @@ def partial_score(checks: dict | None, matching: str = "sound") -> float:
 
 
 def shaped_reward(reward: float, checks: dict | None, alpha: float = ALPHA, matching: str = "sound") -> float:
-    """R = reward + alpha * partial."""
+    """R = reward + alpha * partial, without a penalty."""
     return reward + alpha * partial_score(checks, matching)
+
+
+def trained_reward(args: Any, sample: Any) -> float:
+    """R of a sample that holds an episode, with the alpha, matching and penalty of `args`; not yet normalised."""
+    record = _record(sample)
+    alpha = float(getattr(args, "tau2_partial_alpha", ALPHA))
+    penalty = float(getattr(args, "tau2_customer_tool_penalty", 0.0)) * record.get("customer_tool_calls", 0)
+    matching = getattr(args, "tau2_partial_matching", "sound")
+    return shaped_reward(_binary(args, sample), record.get("checks"), alpha, matching) - min(penalty, MOST_PENALTY)
+
+
+def _binary(args: Any, sample: Any) -> float:
+    return _number(sample.get_reward_value(args) if hasattr(args, "reward_key") else sample.reward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,15 +107,8 @@ def tau2_reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[fl
     the configuration has left the whole batch without an episode, which no later batch can mend.
     """
     _refuse_hopeless(samples)
-    raw = [
-        _number(sample.get_reward_value(args) if hasattr(args, "reward_key") else sample.reward) for sample in samples
-    ]
-    alpha = float(getattr(args, "tau2_partial_alpha", ALPHA))
-    matching = getattr(args, "tau2_partial_matching", "sound")
-    shaped = [
-        shaped_reward(reward, _record(sample).get("checks"), alpha, matching) if is_episode(sample) else 0.0
-        for reward, sample in zip(raw, samples, strict=True)
-    ]
+    raw = [_binary(args, sample) for sample in samples]
+    shaped = [trained_reward(args, sample) if is_episode(sample) else 0.0 for sample in samples]
     return raw, _normalise(args, samples, shaped)
 
 
@@ -137,15 +158,92 @@ def _refuse_hopeless(samples: Sequence[Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# slime's dynamic sampling filter, and its hook that sees every group
+
+
+def check_shaped_reward_spread(args: Any, samples: Sequence[Any], **_: Any) -> Any:
+    """Keep a group in which the trained rewards of two episodes differ; what holds no episode is left out.
+
+    A slime DynamicFilterOutput under slime, elsewhere an object with the same fields."""
+    kind = group_kind(args, samples)
+    return _filter_output(kind.has_gradient, None if kind.has_gradient else f"no_spread_{kind.outcome}")
+
+
+def check_shaped_reward_spread_with_fallback(args: Any, samples: Sequence[Any], **_: Any) -> Any:
+    """The same, but no further round of sampling is started for a group without spread."""
+    output = check_shaped_reward_spread(args, samples)
+    output.keep_when_insufficient = True
+    return output
+
+
+def _filter_output(keep: bool, reason: str | None) -> Any:
+    """slime takes the reason only from its own class."""
+    slime = sys.modules.get("slime.rollout.filter_hub.base_types")
+    make = slime.DynamicFilterOutput if slime else SimpleNamespace
+    return make(keep=keep, reason=reason, keep_when_insufficient=False)
+
+
+def process_all_samples(args: Any, groups: Sequence[Sequence[Any]], data_source: Any) -> None:
+    """Called at the end of a rollout with every finished group, dropped ones too: keeps their metrics for log_rollout,
+    and tells a data source that wants to know (tau2_curriculum) what was solved.
+
+    data_source: the source itself, or a method of it."""
+    args.all_groups_metrics = group_metrics(args, groups)
+    source = getattr(data_source, "__self__", data_source)
+    if hasattr(source, "record_outcomes"):
+        source.record_outcomes(sample for group in groups for sample in group if is_episode(sample))
+        args.all_groups_metrics |= source.metrics()
+
+
+def group_kind(args: Any, samples: Sequence[Any]) -> SimpleNamespace:
+    """`outcome` of a group: failed (none solved), solved (all), mixed, or broken (fewer than two episodes).
+    `has_gradient`: whether the trained rewards differ."""
+    kept = [sample for sample in samples if is_episode(sample)]
+    binary, trained = [_binary(args, s) for s in kept], [trained_reward(args, s) for s in kept]
+    if len(kept) < 2:
+        outcome = "broken"
+    elif max(binary) - min(binary) > SPREAD:
+        outcome = "mixed"
+    else:
+        outcome = "solved" if binary[0] > SPREAD else "failed"
+    return SimpleNamespace(outcome=outcome, has_gradient=len(kept) > 1 and max(trained) - min(trained) > SPREAD)
+
+
+def group_metrics(args: Any, groups: Iterable[Sequence[Any]]) -> dict[str, int]:
+    """Counts of groups by outcome: groups/all, groups/failed, groups/solved, groups/mixed, groups/broken. The binary
+    reward has no gradient in the failed and the solved ones; groups/failed_with_gradient and
+    groups/solved_with_gradient are those of them in which the trained reward has one."""
+    kinds = [group_kind(args, group) for group in groups]
+    metrics = {"groups/all": len(kinds)}
+    for outcome in ("failed", "solved", "mixed", "broken"):
+        metrics[f"groups/{outcome}"] = sum(kind.outcome == outcome for kind in kinds)
+    for outcome in ("failed", "solved"):
+        found = sum(kind.outcome == outcome and kind.has_gradient for kind in kinds)
+        metrics[f"groups/{outcome}_with_gradient"] = found
+    return metrics
+
+
+def by_group(samples: Iterable[Any]) -> list[list[Any]]:
+    """The samples of each prompt; one without a group is a group of its own."""
+    groups = defaultdict(list)
+    for i, sample in enumerate(samples):
+        groups[("alone", i) if sample.group_index is None else sample.group_index].append(sample)
+    return list(groups.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # slime's logging plug-ins
 
 
 def log_rollout(
     rollout_id: int, args: Any, samples: Sequence[Any], rollout_extra_metrics: dict, rollout_time: float
 ) -> bool:
-    """Add this module's metrics to the rollout's; False: slime goes on with its own logging, which writes both."""
+    """Add this module's metrics to the rollout's; False: slime goes on with its own logging, which writes both.
+
+    The groups/ counts are of all groups where process_all_samples saw them, else of those that were kept."""
     args.logged_rollout_id = rollout_id  # slime's contract test asks for this trace of the call
-    metrics = {f"rollout/{key}": value for key, value in episode_metrics(args, samples).items()}
+    groups = vars(args).pop("all_groups_metrics", None) or group_metrics(args, by_group(samples))
+    metrics = {f"rollout/{key}": value for key, value in {**episode_metrics(args, samples), **groups}.items()}
     _hand_over(args, rollout_id, rollout_extra_metrics, metrics, "rollout/step")
     return False
 
@@ -178,7 +276,8 @@ def episode_metrics(args: Any, samples: Iterable[Any]) -> dict[str, float]:
     """Means over the samples that hold an episode, end reasons over all of them.
 
     Keys: stop/REASON (fractions that add up to 1), aborted (count), pass_rate, pass_rate/ISSUE_TYPE, partial_score,
-    shaped_reward, turns, steps, tool_errors, seconds/generation, seconds/customer, seconds/other.
+    shaped_reward (the trained one), turns, steps, tool_errors, customer_tool_calls, customer_tool_calls/share (of the
+    episodes with any), seconds/generation, seconds/customer, seconds/other.
     """
     samples = list(samples)
     records = [_record(sample) for sample in samples]
@@ -191,7 +290,6 @@ def episode_metrics(args: Any, samples: Iterable[Any]) -> dict[str, float]:
 
 def _means(args: Any, kept: list[tuple[Any, dict]]) -> dict[str, float]:
     matching = getattr(args, "tau2_partial_matching", "sound")
-    alpha = float(getattr(args, "tau2_partial_alpha", ALPHA))
     by_type = defaultdict(list)
     for _, record in kept:
         by_type[record.get("issue_type", "other")].append(bool(record["solved"]))
@@ -199,10 +297,12 @@ def _means(args: Any, kept: list[tuple[Any, dict]]) -> dict[str, float]:
     metrics = {
         "pass_rate": statistics.fmean(bool(r["solved"]) for r in records),
         "partial_score": statistics.fmean(partial_score(r["checks"], matching) for r in records),
-        "shaped_reward": statistics.fmean(shaped_reward(r["reward"], r["checks"], alpha, matching) for r in records),
+        "shaped_reward": statistics.fmean(trained_reward(args, s) for s, _ in kept),
         "turns": statistics.fmean(r["agent_turns"] for r in records),
         "steps": statistics.fmean(r["steps"] for r in records),
         "tool_errors": statistics.fmean(r["tool_errors"] for r in records),
+        "customer_tool_calls": statistics.fmean(r.get("customer_tool_calls", 0) for r in records),
+        "customer_tool_calls/share": statistics.fmean(r.get("customer_tool_calls", 0) > 0 for r in records),
         "seconds/generation": statistics.fmean(r["agent_seconds"] for r in records),
         "seconds/customer": statistics.fmean(r["user_seconds"] for r in records),
         "seconds/other": statistics.fmean(max(0.0, s.non_generation_time - r["user_seconds"]) for s, r in kept),

@@ -17,6 +17,10 @@ converts the original example's data set instead. Its assistant turns are `<thin
 object {"name", "arguments"} as text; they become tool calls or text turns, and the row's system prompt, which asks
 for that dialect, becomes this project's. The data set holds no rewards, so these rows have "reward": null. Rows of
 test tasks and rows that cannot be converted are dropped; the reasons are counted and printed.
+
+    --from-rollouts RUN [RUN ...] --per-task 2 --tokenizer HF_FOLDER
+
+keeps the model's own solved episodes (rejection sampling), in LOCAL_DIR/rollout_traces.jsonl: see rollout_traces.py.
 """
 
 from __future__ import annotations
@@ -440,6 +444,25 @@ def traces_from_hub(args: argparse.Namespace) -> tuple[list[dict], Counter]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# From the model's own rollouts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def traces_from_rollouts(args: argparse.Namespace) -> tuple[list[dict], Counter]:
+    """SFT rows of solved episodes of earlier runs, and how many were dropped for which reason."""
+    from openai_tool_adapter import load_chat_template
+    from rollout_traces import read_traces
+
+    EpisodeConfig(args.domain, user="unknown").validate()
+    template = load_chat_template(str(args.tokenizer)) if args.tokenizer else None
+    found = read_traces(args.from_rollouts, args.domain, args.per_task, args.seed, template, holds_control_text)
+    print(f"turns: {_counts(found.turns) or 'none'}")
+    if found.compared:
+        print(f"{found.exact} of {found.compared} dialogues have the sampled ids in every turn")
+    return found.rows, +found.dropped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -502,10 +525,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     hub = parser.add_mutually_exclusive_group()
     hub.add_argument("--from-hub-file", type=Path, help=f"convert this copy of {HUB_FILE}")
     hub.add_argument("--from-hub", action="store_true", help=f"convert {HUB_REPO} from the hub")
+    hub.add_argument("--from-rollouts", type=Path, nargs="+", metavar="RUN", help="keep solved episodes of these runs")
+    add("--per-task", type=positive, default=2, help="rollouts: at most so many episodes of a task (default: 2)")
+    add("--tokenizer", type=Path, help="rollouts: HF folder of the model; turns with other ids are not trained")
     add("--keep-thinking", action="store_true", help="hub rows: keep the thoughts, as reasoning_content")
     args = parser.parse_args(argv)
     args.tasks = args.tasks or [args.local_dir / f"{args.domain}_train_tasks.jsonl"]
-    args.output = args.output or args.local_dir / "teacher_traces.jsonl"
+    name = "rollout_traces.jsonl" if args.from_rollouts else "teacher_traces.jsonl"
+    args.output = args.output or args.local_dir / name
     return args
 
 
@@ -521,12 +548,20 @@ def _counts(counter: Counter) -> str:
     return ", ".join(f"{count} {what}" for what, count in sorted(counter.items()))
 
 
+def make_traces(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal | None]:
+    """Rows, drop reasons, and the journal to remove at the end, from where the flags say."""
+    if args.from_rollouts:
+        return *traces_from_rollouts(args), None
+    if args.from_hub or args.from_hub_file:
+        return *traces_from_hub(args), None
+    return traces_from_episodes(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         check_folder(args.output.parent)
-        from_hub = args.from_hub or args.from_hub_file
-        rows, dropped, journal = (*traces_from_hub(args), None) if from_hub else traces_from_episodes(args)
+        rows, dropped, journal = make_traces(args)
         if not rows:
             raise BadInput(f"no row is left to write (dropped: {_counts(dropped)})")
         write_jsonl(args.output, rows)
