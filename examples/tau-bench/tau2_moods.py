@@ -170,11 +170,11 @@ class Rambling(Mood):
         "My daughter gave me {} to call, but she's busy.",
     )
     _CHATTER = (
-        "Let me get my glasses",
-        "The battery is at 41 percent, by the way",
-        "My neighbor at number 12 has the same model",
-        "Sorry, the dog is barking",
-        "This took me 3 minutes",
+        "let me get my glasses",
+        "the battery is at 41 percent, by the way",
+        "my neighbor at number 12 has the same model",
+        "sorry, the dog is barking",
+        "this took me 3 minutes",
         "I have to be out by 5",
     )
     _OTHER_NAMES = [

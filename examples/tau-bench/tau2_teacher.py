@@ -56,7 +56,8 @@ _HEARD = [
     (r"\b(flight|aeroplane) mode\b|\bairplane\b(?! mode)", "airplane mode"),
     (r"\bcellular data\b", "mobile data"),
     (r"\bdata saving mode\b|(?<!data )\bsaver\b", "data saver"),
-    (r"\bthe preferred network is\b|\bmode (?=[2-5]g\b)", "network mode is "),
+    (r"\bthe preferred network(?= is\b)", "network mode"),
+    (r"\bmode (?=[2-5]g\b)", "network mode is "),
     (r"\bcalling over wi-fi\b", "wi-fi calling"),
     (r"\bpermission for (sms|storage)\b", r"\1 permission"),
     (r"\b(sms|storage) (on|off)\b", r"\1 permission is \2"),
@@ -69,7 +70,7 @@ _HEARD = [
 ]
 _ASKED_BACK = re.compile(r"(where do i find|what do you mean by|which one is) (.+?)(, and where is it)?\?")
 _MIXED_UP = re.compile(r"instead of (?:the )?(.+?) and put it back")
-_TURNED_ON = re.compile(r"\bi also turned (?:the )?(.+?) on\b")
+_TURNED_ON = re.compile(r"\bi also turned (?:the )?(.+?)(?: is)? on\b")
 _AGAIN = {
     "airplane mode": "turn airplane mode off",
     "mobile data": "turn mobile data on",
