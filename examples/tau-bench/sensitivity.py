@@ -91,7 +91,8 @@ def _one_server(evaluations: dict[str, argparse.Namespace]):
 
 def table(results: dict[str, dict]) -> list[dict[str, Any]]:
     """A row a mood: mood, customer, tasks, pass_at_1 and avg_partial_score (value, low, high), avg_agent_turns,
-    difference (of pass@1 to the plain customer's, paired, as tau2_compare gives it; None for that one), end_reasons."""
+    floor_always_transfer, end_reasons, and difference: of pass@1 to the plain customer's, as tau2_compare gives
+    it; None for that customer itself."""
     pairs = {pair["b"]: pair for pair in compare(list(results.values()), list(results), anyway=True)["pairs"]}
     return [
         {

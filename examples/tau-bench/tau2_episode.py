@@ -174,8 +174,8 @@ class EpisodeConfig:
     """Settings of an episode.
 
     `user` is "scripted", "llm" (the default model), or the litellm name of a model that plays the customer through
-    tau2's own user simulator, with `user_args` for litellm and at most `user_concurrency` calls at a time. The scripted
-    customer's `user_args` are {"mood": ...} of tau2_moods.py, or empty.
+    tau2's own user simulator, with `user_args` for litellm and at most `user_concurrency` calls at a time.
+    The scripted customer's `user_args` are {"mood": ...} of tau2_moods.py, or empty.
     `redraw_ids` re-draws names, phone numbers and ids per (task, seed).
     """
 

@@ -4,7 +4,7 @@ A library: `--user-args '{"mood": "rambling"}'` of evaluate_tau2.py and teacher_
 rambling}` in the YAML of rollouts, `--mood` of tau2_teacher.py.
 
     plain      the customer as it always was
-    terse      says no more than was asked: no number and no place before they are asked for, no "already off", no signal
+    terse      says no more than was asked: no number and no place before they are asked for, no signal
     rambling   chatter, numbers that are not its phone number, other names for settings
     misreads   once: reports one setting wrongly (and rightly when asked again), or does not do one of the things that
                it was asked to, but flips Wi-Fi and back, and says so
@@ -33,6 +33,59 @@ CHOICES = (*MOODS, "persona", "mixed")
 # technical terms and shares information only when asked.
 PERSONA_MOODS = {"None": ("plain", "eager"), "Easy": ("rambling", "asks_back"), "Hard": ("terse", "misreads")}
 Batches = Generator[list, list, list]
+
+# What the moods call the things that they speak of.
+_NAMES = {
+    "airplane": "airplane mode",
+    "data": "mobile data",
+    "roaming": "roaming",
+    "saver": "Data Saver",
+    "vpn": "the VPN",
+    "wifi_calling": "Wi-Fi calling",
+    "mode": "the network mode",
+    "permissions": "the app permissions",
+    "apn": "the APN settings",
+    "network": "the network status",
+}
+_MIXED_UP = ("airplane", "data", "roaming", "saver", "vpn", "wifi_calling", "mode")  # with Wi-Fi
+# What the eager customer switches on: it looks helpful, and it is in the way of the issue.
+_SWITCHES = {"service": ("airplane",), "data": ("vpn", "saver"), "mms": ("wifi_calling",)}
+_OPPOSITE = {"on": "off", "off": "on", "set": "not set", "not set": "set", "4G/5G": "2G only"}
+# The plain customer's words, and those of others.
+_SHORT = [
+    (r"^done$", "ok"),
+    (r"\bairplane mode is\b", "airplane"),
+    (r"\bmobile data is\b", "data"),
+    (r"\bData Saver is\b", "saver"),
+    (r"\bSIM is active\b", "SIM ok"),
+    (r"\bSIM is\b", "SIM"),
+    (r"\b(roaming|VPN|Wi-Fi|Wi-Fi calling|signal) is\b", r"\1"),
+    (r"\bnetwork mode is\b", "mode"),
+    (r"\b(SMS|storage) permission is\b", r"\1"),
+    (r"\bAPN is \S+, ", ""),
+    (r"\bMMSC is not set\b", "no MMSC"),
+    (r"\bMMSC is set\b", "MMSC ok"),
+    (r"\bspeed test: ", ""),
+    (r"\bMMS fails\b", "MMS failed"),
+    (r"\bstill ", ""),
+    (r"^(yes|no), .*", r"\1"),
+    (r"^I have a payment request for ", "request: "),
+    (r"^I'm (?!willing)(.+)", r"\1"),
+]
+_OTHER_NAMES = [
+    (r"\bairplane mode\b", "flight mode"),
+    (r"\bmobile data\b", "cellular data"),
+    (r"\bData Saver\b", "data saving mode"),
+    (r"\bnetwork mode is\b", "the preferred network is"),
+    (r"\bWi-Fi calling\b", "calling over Wi-Fi"),
+    (r"\b(SMS|storage) permission is\b", r"the permission for \1 is"),
+    (r"\bMMSC is not set\b", "the MMSC field is empty"),
+    (r"\bMMSC is set\b", "the MMSC field is filled in"),
+    (r"\bno signal\b", "no bars"),
+    (r"\bSIM is missing\b", "it says there is no SIM card"),
+    (r"\bMMS fails\b", "the picture message failed"),
+    (r"\bspeed test: ", "the speed test says "),
+]
 
 _COMPLAINTS = {
     "service": (
@@ -127,33 +180,13 @@ class Terse(Mood):
     name = "terse"
     network = ("airplane", "sim", "signal")
     tells_signal = False
-    _SHORT = [
-        (r"^done$", "ok"),
-        (r"\bairplane mode is\b", "airplane"),
-        (r"\bmobile data is\b", "data"),
-        (r"\bData Saver is\b", "saver"),
-        (r"\bSIM is active\b", "SIM ok"),
-        (r"\bSIM is\b", "SIM"),
-        (r"\b(roaming|VPN|Wi-Fi|Wi-Fi calling|signal) is\b", r"\1"),
-        (r"\bnetwork mode is\b", "mode"),
-        (r"\b(SMS|storage) permission is\b", r"\1"),
-        (r"\bAPN is \S+, ", ""),
-        (r"\bMMSC is not set\b", "no MMSC"),
-        (r"\bMMSC is set\b", "MMSC ok"),
-        (r"\bspeed test: ", ""),
-        (r"\bMMS fails\b", "MMS failed"),
-        (r"\bstill ", ""),
-        (r"^(yes|no), .*", r"\1"),
-        (r"^I have a payment request for ", "request: "),
-        (r"^I'm (?!willing)(.+)", r"\1"),
-    ]
 
     def opening(self, scenario: Any) -> str:
         return self.rng.choice(_SHORT_COMPLAINTS[scenario.issue])
 
     def words(self, parts: list[str], only_checked: bool) -> list[str]:
         told = [part for part in parts if " is already " not in part] or (["ok"] if parts else [])
-        return [_rewritten(part, self._SHORT) for part in told]
+        return [_rewritten(part, _SHORT) for part in told]
 
 
 class Rambling(Mood):
@@ -177,26 +210,12 @@ class Rambling(Mood):
         "this took me 3 minutes",
         "I have to be out by 5",
     )
-    _OTHER_NAMES = [
-        (r"\bairplane mode\b", "flight mode"),
-        (r"\bmobile data\b", "cellular data"),
-        (r"\bData Saver\b", "data saving mode"),
-        (r"\bnetwork mode is\b", "the preferred network is"),
-        (r"\bWi-Fi calling\b", "calling over Wi-Fi"),
-        (r"\b(SMS|storage) permission is\b", r"the permission for \1 is"),
-        (r"\bMMSC is not set\b", "the MMSC field is empty"),
-        (r"\bMMSC is set\b", "the MMSC field is filled in"),
-        (r"\bno signal\b", "no bars"),
-        (r"\bSIM is missing\b", "it says there is no SIM card"),
-        (r"\bMMS fails\b", "the picture message failed"),
-        (r"\bspeed test: ", "the speed test says "),
-    ]
 
     def __init__(self, chosen: str, rng: random.Random) -> None:
         super().__init__(chosen, rng)
         self.left = self.CHATTERS
         # One name a thing and episode: people do not change their words from sentence to sentence.
-        self.names = [pair for pair in self._OTHER_NAMES if rng.random() < 0.6]
+        self.names = [pair for pair in _OTHER_NAMES if rng.random() < 0.6]
         self.chatter = rng.sample(self._CHATTER, len(self._CHATTER))
 
     def opening(self, scenario: Any) -> str:
@@ -224,16 +243,6 @@ class Misreads(Mood):
         r"(?P<what>(?:airplane mode|mobile data|roaming|Data Saver|VPN|Wi-Fi calling|SMS permission|storage permission"
         r"|network mode|MMSC) is) (?P<state>on|off|2G only|3G only|4G/5G|set|not set)\b"
     )
-    _OPPOSITE = {"on": "off", "off": "on", "set": "not set", "not set": "set", "4G/5G": "2G only"}
-    _NAMES = {
-        "airplane": "airplane mode",
-        "data": "mobile data",
-        "roaming": "roaming",
-        "saver": "Data Saver",
-        "vpn": "the VPN",
-        "wifi_calling": "Wi-Fi calling",
-        "mode": "the network mode",
-    }
 
     def __init__(self, chosen: str, rng: random.Random) -> None:
         super().__init__(chosen, rng)
@@ -241,13 +250,13 @@ class Misreads(Mood):
         self.wrong = ""  # "VPN is", after it was said wrongly
 
     def slip(self, facts: dict[str, str], requests: list, answer: Any) -> Batches:
-        wanted = [r for r in requests if r.topic in self._NAMES and r.action != "check" and not r.condition]
+        wanted = [r for r in requests if r.topic in _MIXED_UP and r.action != "check" and not r.condition]
         wanted = [r for r in wanted if facts.get(r.topic) != r.action]
         if not self.left or not wanted:
             return requests
         self.left, missed = 0, self.rng.choice(wanted)
         yield [("toggle_wifi", {}), ("toggle_wifi", {})]
-        answer.say(f"I flipped Wi-Fi instead of {self._NAMES[missed.topic]} and put it back")
+        answer.say(f"I flipped Wi-Fi instead of {_NAMES[missed.topic]} and put it back")
         return [request for request in requests if request is not missed]
 
     def words(self, parts: list[str], only_checked: bool) -> list[str]:
@@ -260,14 +269,12 @@ class Misreads(Mood):
             return parts
         self.left, match = 0, self.rng.choice(found)
         self.wrong = match["what"]
-        said = f"{match['what']} {self._OPPOSITE.get(match['state'], '4G/5G')}"
+        said = f"{match['what']} {_OPPOSITE.get(match['state'], '4G/5G')}"
         return (text[: match.start()] + said + text[match.end() :]).split("\n")
 
 
 class Eager(Mood):
     name = "eager"
-    _SWITCHES = {"service": ("airplane",), "data": ("vpn", "saver"), "mms": ("wifi_calling",)}
-    _NAMES = {"airplane": "airplane mode", "vpn": "the VPN", "saver": "Data Saver", "wifi_calling": "Wi-Fi calling"}
 
     def __init__(self, chosen: str, rng: random.Random) -> None:
         super().__init__(chosen, rng)
@@ -279,7 +286,7 @@ class Eager(Mood):
         self.did = self.already = ""
         changes = [r for r in requests if r.action != "check" and r.topic != "payment"]
         asked = {r.topic for r in requests}
-        free = [topic for topic in self._SWITCHES[issue] if topic not in asked]
+        free = [topic for topic in _SWITCHES[issue] if topic not in asked]
         can = [kind for kind in sorted(self.left) if (free if kind == "switch" else "restart" not in asked)]
         if not changes or not can:
             return requests
@@ -288,7 +295,7 @@ class Eager(Mood):
         topic = self.rng.choice(free) if kind == "switch" else "restart"
         action = "on" if kind == "switch" else "do"
         extra = dataclasses.replace(changes[-1], topic=topic, action=action, text="", condition="")
-        name = self._NAMES.get(topic, "")
+        name = _NAMES.get(topic, "")
         self.did = f"I also turned {name} on" if kind == "switch" else "I also restarted the phone"
         self.already = f"{name.removeprefix('the ')} is already on"
         place = max(index for index, request in enumerate(requests) if request is changes[-1]) + 1
@@ -302,18 +309,6 @@ class Eager(Mood):
 
 class AsksBack(Mood):
     name = "asks_back"
-    _NAMES = {
-        "airplane": "airplane mode",
-        "data": "mobile data",
-        "roaming": "roaming",
-        "saver": "Data Saver",
-        "vpn": "the VPN",
-        "wifi_calling": "Wi-Fi calling",
-        "mode": "the network mode",
-        "permissions": "the app permissions",
-        "apn": "the APN settings",
-        "network": "the network status",
-    }
     _QUESTIONS = ("Where do I find {}?", "Sorry, what do you mean by {}?", "Which one is {}, and where is it?")
     _EXPLAINS = re.compile(r"\b(settings|menu|tap|swipe|icon)\b")
 
@@ -329,12 +324,12 @@ class AsksBack(Mood):
             if self._explained(text, topics, requests):
                 return "", waiting + [r for r in requests if r.key not in {w.key for w in waiting}]
         kind = "change" if any(r.action != "check" for r in requests) else "check"
-        known = [r.topic for r in requests if r.topic in self._NAMES]
+        known = [r.topic for r in requests if r.topic in _NAMES]
         if kind in self.asked or not known:
             return "", requests
         self.asked.add(kind)
         self.waiting, self.topic = requests, self.rng.choice(known)
-        return self.rng.choice(self._QUESTIONS).format(self._NAMES[self.topic]), []
+        return self.rng.choice(self._QUESTIONS).format(_NAMES[self.topic]), []
 
     def _explained(self, text: str, topics: list[str], requests: list) -> bool:
         """The agent names the thing again, or says where it is without asking for anything else."""

@@ -4,6 +4,7 @@ The teacher follows the telecom policy's workflow from the customer's words and 
 task's gold actions. Run it over a split with the scripted customer:
 
     python examples/tau-bench/tau2_teacher.py --split test [--agent teacher|always-transfer|do-nothing] [--redraw-ids]
+    python examples/tau-bench/tau2_teacher.py --split train --mood all --style checklist
 """
 
 from __future__ import annotations
@@ -485,10 +486,8 @@ def run_mood(args: argparse.Namespace, mood: str) -> None:
     turns = sum(episode.agent_turns for episode in episodes) / len(episodes)
     seconds = time.perf_counter() - began
     customer = "the scripted customer" if mood == "plain" else f"the scripted customer, mood {mood}"
-    print(
-        f"{args.agent} with {customer}: {solved}/{len(episodes)} solved, {reasons}, {turns:.1f} turns, {seconds:.1f} s",
-        flush=True,
-    )
+    told = f"{solved}/{len(episodes)} solved, {reasons}, {turns:.1f} turns an episode, {seconds:.1f} s"
+    print(f"{args.agent} with {customer}: {told}", flush=True)
 
 
 if __name__ == "__main__":

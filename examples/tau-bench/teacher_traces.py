@@ -8,9 +8,9 @@ writes them) and writes data/teacher_traces.jsonl in the form that slime's SFT r
 
     {"prompt": [messages with structured tool_calls], "tools": [OpenAI schemas], "metadata": {"task_id", ...}}
 
-A harder customer: --user-args '{"mood": "mixed"}' (tau2_moods.py); a teacher that does not always say the same:
---wordings 4. tau2's fixed greeting and the teacher's slips (--slip) carry "step_loss_mask": 0: they are not trained. The same flags
-give the same bytes.
+tau2's fixed greeting and the teacher's slips (--slip) carry "step_loss_mask": 0: they are not trained. A harder
+customer is --user-args '{"mood": "mixed"}' (tau2_moods.py), a teacher that does not always say the same --wordings 4.
+The same flags give the same bytes.
 
     --from-hub-file blended_traces_v4.jsonl    (or --from-hub, where the hub can be reached)
 
@@ -498,7 +498,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--mix", type=mix_weights, metavar="TYPE=N,...", help="draw issue types by these weights, others once")
     add("--style", choices=STYLES, default="checks", help="how the teacher asks (see tau2_teacher.py)")
     add("--slip", type=share, default=0.0, help="share of episodes in which the teacher forgets a fix and mends it")
-    add("--wordings", type=wordings, default=1, metavar="N", help="draw among the teacher's first N wordings (default: 1)")
+    add(
+        "--wordings",
+        type=wordings,
+        default=1,
+        metavar="N",
+        help="draw among N wordings of the teacher (default: 1)",
+    )
     add("--redraw-ids", action="store_true", help="draw names, phone numbers and ids anew in each episode")
     add("--seed", type=int, default=0)
     add("--user", default="scripted", help="scripted, llm, or a litellm model name (default: scripted)")
