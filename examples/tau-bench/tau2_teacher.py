@@ -88,7 +88,7 @@ WORDINGS: list[list[tuple[str, str]]] = [
     [],
     [
         (_PLEASE, r"Could you please \1?"),
-        (r"where needed, please (.+)\.$", r"could you please, where needed, \1?"),
+        (r"where needed, please (.+)\.$", r"I ask you to do this where needed: \1."),
         (r"turn airplane mode off", "switch airplane mode off"),
         (r"re-seat your SIM card", "take your SIM card out and put it back in"),
         (r"turn (mobile data|roaming) on", r"switch \1 on"),
