@@ -186,11 +186,11 @@ ADVERSARIES = [
 ]
 
 
-def play(make, tasks=TASKS) -> list:
+def play(make, tasks=TASKS, config=CONFIG) -> list:
     """One episode per task."""
 
     async def run():
-        return [await run_episode(task, make(task), CONFIG) for task in tasks]
+        return [await run_episode(task, make(task), config) for task in tasks]
 
     return asyncio.run(run())
 
@@ -219,6 +219,16 @@ def test_an_adversary_earns_no_more_on_any_fifth_task(adversary):
     found = zip(play(adversary, few), play(lambda task: AlwaysTransfer(), few), strict=True)
     earned_by_both = [[shaped_reward(one.reward, one.checks) for one in pair] for pair in found]
     assert sum(mine for mine, _ in earned_by_both) <= sum(floor for _, floor in earned_by_both) + 1e-9
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+def test_an_adversary_earns_no_more_from_customers_in_a_mood(adversary):
+    """Moods that act on their own: what an eager or mistaken customer does unasked earns nobody anything."""
+    few = TASKS[::20]
+    for mood in ("eager", "mixed"):
+        config = EpisodeConfig(prompt="short", max_steps=60, user_args={"mood": mood})
+        floor = play(lambda task: AlwaysTransfer(), few, config)
+        assert earned(play(adversary, few, config)) <= earned(floor) + 1e-9
 
 
 def test_the_hand_over_is_what_makes_every_write_worthless():

@@ -62,7 +62,7 @@ from tau2_metrics import behaviour, breakdowns, by_task, metrics, task_means
 from tau2_results import ROWS_FORMAT, RowsFile, read_result, rows_path, tau2_results, write_json
 from tau2_reward_shaping import partial_score
 from tau2_teacher import AGENTS, AlwaysTransfer
-from tau2_users import customer_name
+from tau2_users import customer_name, repeats_itself
 
 CHECKPOINT = "checkpoint"
 TRIES = 3  # of an episode that the machinery broke
@@ -103,7 +103,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=_json_object,
         default={},
         metavar="JSON",
-        help="its litellm arguments; timeout and num_retries are of one reply; keys come from the environment",
+        help='{"mood": NAME} of the scripted customer (tau2_moods.py), or litellm arguments of a model; timeout and '
+        "num_retries are of one reply; keys come from the environment",
     )
     add("--user-concurrency", type=int, default=32, help="calls of the customer's model at a time")
     add("--num-trials", type=int, default=1, help="episodes per task")
@@ -128,10 +129,17 @@ def _json_object(text: str) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
+    if command == "run":
+        return reporting_errors(run_command, rest)
+    return reporting_errors(functools.partial(_read_only, COMMANDS[command]), rest)
+
+
+def reporting_errors(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """The exit code of a command; what the user can mend is told in one line."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server we started is stopped
     try:
-        command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
-        return run_command(rest) if command == "run" else _read_only(COMMANDS[command], rest)
+        return command(argv)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -188,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
         results = [rows.done[task.id, trial] for task, trial in wanted]
     floor = measure_floor(args.domain, tasks)
     summary = {
-        **about(args, results[0]["user"], rows.settings),
+        **about(args, customer_of(results), rows.settings),
         **numbers(results, floor),
         "minutes": minutes(results),
         "versions": versions(),
@@ -211,9 +219,9 @@ def check_args(args: argparse.Namespace) -> None:
             raise BadInput(f"--{flag.replace('_', '-')} must be at least 1{most}")
     if not 0 <= args.temperature < math.inf:
         raise BadInput("--temperature must be 0 or more")
-    deterministic = args.temperature == 0 and args.user == "scripted" and not args.redraw_ids
+    deterministic = args.temperature == 0 and repeats_itself(args.user, args.user_args) and not args.redraw_ids
     if deterministic and args.num_trials > 1 and args.agent == CHECKPOINT:
-        raise BadInput("--num-trials repeats the same greedy episodes: give --temperature or --redraw-ids")
+        raise BadInput("--num-trials repeats the same greedy episodes: give --temperature, --redraw-ids or a mood")
     if not args.output_path.endswith(".json"):
         raise BadInput(f"--output-path {args.output_path}: must end in .json")
     if args.agent == CHECKPOINT:
@@ -254,6 +262,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What two rows must share to be counted together."""
     names = "domain task_split agent prompt user user_args seed max_steps max_errors temperature max_turn_tokens"
     chosen = {name: getattr(args, name) for name in (*names.split(), "max_context_len", "redraw_ids")}
+    if repeats_itself(args.user, args.user_args):
+        chosen["user_args"] = {}  # the plain customer, named or not
     return {**chosen, "model": model_identity(args), "tau2": tau2_version(), "format": ROWS_FORMAT}
 
 
@@ -411,6 +421,11 @@ def measure_floor(domain: str, tasks: list) -> float | None:
 # Numbers
 
 
+def customer_of(rows: list[dict]) -> dict[str, Any]:
+    """The customer's record, without what was drawn anew for each episode."""
+    return {key: value for key, value in rows[0]["user"].items() if all(row["user"].get(key) == value for row in rows)}
+
+
 def about(args: argparse.Namespace, customer: dict, made_with: dict) -> dict[str, Any]:
     """What was evaluated, and how. made_with: the settings that the rows carry."""
     names = "domain task_split agent prompt seed num_trials temperature max_steps max_errors max_turn_tokens"
@@ -548,7 +563,7 @@ def report_incomplete(args: argparse.Namespace, failures: list[Failure]) -> int:
 def print_report(summary: dict, path: str) -> None:
     found = summary["metrics"]
     floor = summary["floor_always_transfer"]
-    customer = " ".join(str(v) for k, v in summary["customer"].items() if k in ("kind", "model", "version"))
+    customer = " ".join(str(v) for k, v in summary["customer"].items() if k in ("kind", "model", "version", "mood"))
     trials = f" x {summary['num_trials']} trials" if summary["num_trials"] > 1 else ""
     kinds = summary["by_issue_type"].items()
     lines = [

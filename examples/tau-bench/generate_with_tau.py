@@ -6,7 +6,8 @@ Settings are attributes of slime's args, set in the YAML of --custom-config-path
 
     tau2_prompt: official            "short" is a 90-word prompt for small models
     tau2_user: scripted              or llm (gemini/gemini-2.5-flash-lite), or a model's litellm name
-    tau2_user_args: {}               its litellm arguments; timeout and num_retries are of one reply. No keys
+    tau2_user_args: {}               {mood: NAME} of the scripted customer (tau2_moods.py), or the model's litellm
+                                     arguments; timeout and num_retries are of one reply. No keys
     tau2_user_concurrency: 32        calls of it at a time
     tau2_max_steps: 200              messages of both sides, as tau2 counts them
     tau2_max_errors: 10
@@ -373,7 +374,7 @@ def _user_args(value: Any) -> dict[str, Any]:
         found = json.loads(value) if isinstance(value, str) else value
         return {str(name): setting for name, setting in found.items()}
     except (ValueError, AttributeError):
-        raise BadInput("tau2_user_args is no mapping of litellm arguments") from None
+        raise BadInput("tau2_user_args is no mapping of the customer's arguments") from None
 
 
 def episode_seed(args: Any, sample: Any) -> int:

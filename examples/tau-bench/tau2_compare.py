@@ -73,9 +73,13 @@ def compare(results: Sequence[dict], names: Sequence[str], anyway: bool = False)
 
 
 def _pair(a: dict, b: dict, name_a: str, name_b: str, anyway: bool) -> dict[str, Any]:
-    differing = [key for key in SHARED if a["settings"].get(key) != b["settings"].get(key)]
+    differing = {key: [a["settings"].get(key), b["settings"].get(key)] for key in SHARED}
+    differing["customer"] = [a["customer"], b["customer"]]  # its version, beside the settings
+    differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
+    if {"user", "user_args"} & differing.keys():
+        differing.pop("customer", None)  # told by the settings
     if differing and not anyway:
-        told = "; ".join(f"{key} {a['settings'].get(key)!r} and {b['settings'].get(key)!r}" for key in differing)
+        told = "; ".join(f"{key} {one!r} and {other!r}" for key, (one, other) in differing.items())
         raise BadInput(
             f"{name_a} and {name_b} differ in more than the model ({told}): --anyway compares them all the same"
         )
@@ -90,7 +94,7 @@ def _pair(a: dict, b: dict, name_a: str, name_b: str, anyway: bool) -> dict[str,
         "tasks": found["pass_at_1"].tasks,
         "episodes": len(keys_a & keys_b),
         "left_out": len(keys_a ^ keys_b),
-        "differing_settings": {key: [a["settings"].get(key), b["settings"].get(key)] for key in differing},
+        "differing_settings": differing,
         "values": {
             name: [_mean(r["results"], key, keys_a & keys_b) for r in (a, b)] for name, key in QUANTITIES.items()
         },

@@ -175,6 +175,7 @@ class EpisodeConfig:
 
     `user` is "scripted", "llm" (the default model), or the litellm name of a model that plays the customer through
     tau2's own user simulator, with `user_args` for litellm and at most `user_concurrency` calls at a time.
+    The scripted customer's `user_args` are {"mood": ...} of tau2_moods.py, or empty.
     `redraw_ids` re-draws names, phone numbers and ids per (task, seed).
     """
 
@@ -205,8 +206,8 @@ class EpisodeConfig:
             raise BadInput("max_steps and max_errors must be at least 1")
         if self.user_concurrency < 1:
             raise BadInput("user_concurrency must be at least 1")
-        if self.user != "scripted":
-            _or_bad_input(tau2_llm_customer.check_settings, self)
+        scripted = self.user == "scripted"
+        _or_bad_input(tau2_users.check_scripted if scripted else tau2_llm_customer.check_settings, self)
 
 
 def check_customer_key(config: EpisodeConfig) -> None:
@@ -388,7 +389,7 @@ def results_header(config: EpisodeConfig, agent: dict[str, Any], num_trials: int
         user_info=data.UserInfo(
             implementation="scripted" if scripted else "user_simulator",
             llm=None if scripted else config.user,
-            llm_args=None if scripted else config.user_args,
+            llm_args=(config.user_args or None) if scripted else config.user_args,
             global_simulation_guidelines=None if scripted else get_global_user_sim_guidelines(),
         ),
         agent_info=data.AgentInfo(**agent),

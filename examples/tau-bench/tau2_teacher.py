@@ -4,22 +4,25 @@ The teacher follows the telecom policy's workflow from the customer's words and 
 task's gold actions. Run it over a split with the scripted customer:
 
     python examples/tau-bench/tau2_teacher.py --split test [--agent teacher|always-transfer|do-nothing] [--redraw-ids]
+    python examples/tau-bench/tau2_teacher.py --split train --mood all --style checklist
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import random
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from tau2_episode import AgentToolCall, AgentTurn, BadInput, Episode, EpisodeConfig, load_tasks, run_episode
+from tau2_moods import CHOICES
 
 TODAY = "2025-02-25"  # the policy's current date
 HANDOVER = "YOU ARE BEING TRANSFERRED TO A HUMAN AGENT. PLEASE HOLD ON."
@@ -47,6 +50,82 @@ _CHECKLISTS = {
 }
 _ISSUES = {"service": "network service", "data": "internet", "mms": "MMS"}
 _TESTS = {"service": [], "data": ["run a speed test"], "mms": ["try an MMS"]}
+CLARIFICATIONS = 3  # in a row, of one request
+
+# What customers say, brought to the words that the teacher looks for.
+_HEARD = [
+    (r"\b(flight|aeroplane) mode\b|\bairplane\b(?! mode)", "airplane mode"),
+    (r"\bcellular data\b", "mobile data"),
+    (r"\bdata saving mode\b|(?<!data )\bsaver\b", "data saver"),
+    (r"\bthe preferred network(?= is\b)", "network mode"),
+    (r"\bmode (?=[2-5]g\b)", "network mode is "),
+    (r"\bcalling over wi-fi\b", "wi-fi calling"),
+    (r"\bpermission for (sms|storage)\b", r"\1 permission"),
+    (r"\b(sms|storage) (on|off)\b", r"\1 permission is \2"),
+    (r"\bno mmsc\b|\bthe mmsc field is empty\b", "mmsc is not set"),
+    (r"\bno bars\b", "no signal"),
+    (r"\bsim missing\b|\bthere is no sim card\b", "sim is missing"),
+    (r"\bpicture message failed\b|\bmms failed\b", "mms fails"),
+    (r"(?<!mobile )\bdata (on|off)\b", r"mobile data is \1"),
+    (r"\b(airplane mode|roaming|data saver|vpn|wi-fi calling) (on|off)\b", r"\1 is \2"),
+]
+_ASKED_BACK = re.compile(r"(where do i find|what do you mean by|which one is) (.+?)(, and where is it)?\?")
+_MIXED_UP = re.compile(r"instead of (?:the )?(.+?) and put it back")
+_TURNED_ON = re.compile(r"\bi also turned (?:the )?(.+?)(?: is)? on\b")
+_AGAIN = {
+    "airplane mode": "turn airplane mode off",
+    "mobile data": "turn mobile data on",
+    "roaming": "turn roaming on",
+    "data saver": "turn Data Saver off",
+    "vpn": "disconnect the VPN",
+    "wi-fi calling": "turn Wi-Fi calling off",
+    "network mode": "set network mode to 5G",
+}
+
+# Equivalent wordings: (pattern, words) over the sentences of this file, which are the first wording.
+_PLEASE = r"^Please (.+)\.$"
+WORDINGS: list[list[tuple[str, str]]] = [
+    [],
+    [
+        (_PLEASE, r"Could you please \1?"),
+        (r"where needed, please (.+)\.$", r"I ask you to do this where needed: \1."),
+        (r"turn airplane mode off", "switch airplane mode off"),
+        (r"re-seat your SIM card", "take your SIM card out and put it back in"),
+        (r"turn (mobile data|roaming) on", r"switch \1 on"),
+        (r"turn Data Saver off", "disable Data Saver"),
+        (r"turn Wi-Fi calling off", "disable Wi-Fi calling"),
+        (r"restart your phone", "reboot your phone"),
+        (r"try an MMS", "send a test MMS"),
+        (r"^What is your", "May I have your"),
+        (r"May I refuel 2 GB for (\S+)\?", r"Shall I refuel 2 GB? That is \1."),
+        (r"I sent a payment request of (\S+)\.", r"You have a new payment request of \1."),
+    ],
+    [
+        (_PLEASE, r"Now please \1."),
+        (r"^For your (.+) problem, where needed, please", r"To mend your \1, please do this where needed:"),
+        (r"turn airplane mode off", "disable airplane mode"),
+        (r"re-seat your SIM card", "remove and re-insert your SIM card"),
+        (r"turn (mobile data|roaming) on", r"enable \1"),
+        (r"set network mode to 5G", "change the network mode to 5G"),
+        (r"disconnect the VPN", "turn the VPN off"),
+        (r"grant the (SMS|storage) permission", r"allow the \1 permission"),
+        (r"reset your APN settings", "reset the APN settings to default"),
+        (r"run a speed test", "test your speed"),
+        (r"^Your data is used up\.", "You have used all of your data."),
+        (r"^Your line is active again\.", "I have resumed your line."),
+    ],
+    [
+        (_PLEASE, r"I need you to \1, please."),
+        (r"^For your (.+) problem, where needed, please (.+)\.$", r"Let's mend your \1. Please \2, where needed."),
+        (r"turn (airplane mode|Data Saver|Wi-Fi calling) off", r"turn off \1"),
+        (r"turn (mobile data|roaming) on", r"turn on \1"),
+        (r"set network mode to 5G", "switch the network mode to 5G"),
+        (r"grant the (SMS|storage) permission", r"give the messaging app the \1 permission"),
+        (r"try an MMS", "try to send an MMS"),
+        (r"restart your phone", "restart the phone"),
+        (r"Please check it and pay it\.", "Please look at it, then pay it."),
+    ],
+]
 
 
 class ScriptedTeacher:
@@ -55,11 +134,13 @@ class ScriptedTeacher:
     style "checks" asks what the phone shows and lists the fixes for what is wrong; "checklist" asks for the fixes of
     the issue's paths "where needed" and leaves the looking to the customer, which a small model learns far sooner.
     With probability `slip` it forgets a fix in its first round of checks and mends that later, for traces that show
-    how to recover; `slips` lists those turns (the first is 0), which nobody should learn.
+    how to recover; `slips` lists those turns (the first is 0), which nobody should learn. It answers what is asked
+    back, asks again for what the customer got wrong, and undoes what the customer did unasked. `wording`: one of
+    WORDINGS.
     """
 
-    def __init__(self, style: str = "checks", slip: float = 0.0, seed: int = 0) -> None:
-        self.style, self.slip, self.rng = style, slip, random.Random(seed)
+    def __init__(self, style: str = "checks", slip: float = 0.0, seed: int = 0, wording: int = 0) -> None:
+        self.style, self.slip, self.rng, self.wording = style, slip, random.Random(seed), WORDINGS[wording]
         self.slips: list[int] = []
         self.turn = -1
         self.plan: Steps | None = None
@@ -92,7 +173,7 @@ class ScriptedTeacher:
         """Rounds of one message with the checks of every path that the issue needs and one with the fixes; our own
         side once. Returns when nothing is left to try: a customer whose problem is solved ends the call by itself."""
         for number in range(ROUNDS):
-            said = (yield from _say(f"Please check {_CHECKS[self._issue]}.")).lower()
+            said = yield from self._look()
             if "locked" in said:
                 return
             fixes = self._fixes(said)
@@ -100,7 +181,7 @@ class ScriptedTeacher:
                 return
             fixes = self._forget(fixes) if number == 0 else fixes
             if fixes or self._issue != "service":
-                said = (yield from _say(_please([*fixes, *self._test]))).lower()
+                said = yield from self._ask(_please([*fixes, *self._test]))
             if "locked" in said:
                 return
             if number == 0 and ("no signal" in said or self._issue == "service"):
@@ -118,7 +199,7 @@ class ScriptedTeacher:
             fixes += ["turn mobile data on", *(["turn roaming on"] if self._abroad else [])]
             fixes += _CHECKLISTS[self._issue]
         request = _please([*fixes, *self._test]).replace("Please", "please")
-        said = (yield from _say(f"For your {_ISSUES[self._issue]} problem, where needed, {request}")).lower()
+        said = yield from self._ask(f"For your {_ISSUES[self._issue]} problem, where needed, {request}")
         if "locked" in said:
             return
         if self._issue == "service":
@@ -154,12 +235,14 @@ class ScriptedTeacher:
 
     def _service(self) -> Steps:
         """Path 1 beyond airplane mode and SIM: APN settings, then the line. Returns the last answer; "" at the end."""
-        said = yield from _say(_please(["reset your APN settings", "restart your phone", *self._test]))
-        if "no signal" not in said.lower():
-            return said.lower()
+        said = yield from self._ask(_please(["reset your APN settings", "restart your phone", *self._test]))
+        if self._issue == "service" and "signal" not in said:
+            said = yield from self._ask("Please check your status bar.")
+        if "no signal" not in said:
+            return said
         yield from self._find_line()
         if self.line.get("status") != "Suspended":
-            return said.lower()
+            return said
         if self.line["contract_end_date"] < TODAY:
             return ""
         return (yield from self._lift_suspension())
@@ -171,12 +254,12 @@ class ScriptedTeacher:
             return ""
         ids = {"customer_id": self.customer["customer_id"]}
         yield from _call("send_payment_request", **ids, bill_id=bill["bill_id"])
-        yield from _say(f"I sent a payment request of ${bill['total_due']}. Please check it and pay it.")
+        yield from self._ask(f"I sent a payment request of ${bill['total_due']}. Please check it and pay it.")
         bill = json.loads((yield from _call("get_details_by_id", id=bill["bill_id"])))
         if bill["status"] != "Paid":
             return ""
         yield from _call("resume_line", **ids, line_id=self.line["line_id"])
-        return (yield from _say("Your line is active again. Please restart your phone.")).lower()
+        return (yield from self._ask("Your line is active again. Please restart your phone."))
 
     def _overdue_bill(self) -> Steps:
         for bill_id in reversed(self.customer["bill_ids"]):
@@ -196,19 +279,57 @@ class ScriptedTeacher:
         plan = json.loads((yield from _call("get_details_by_id", id=self.line["plan_id"])))
         if self.line["data_used_gb"] >= plan["data_limit_gb"] + self.line["data_refueling_gb"]:
             price = REFUEL_GB * plan["data_refueling_price_per_gb"]
-            said = yield from _say(f"Your data is used up. May I refuel 2 GB for ${price:.2f}?")
-            if not said.lower().startswith("yes"):
+            said = yield from self._ask(f"Your data is used up. May I refuel 2 GB for ${price:.2f}?")
+            if not re.search(r"\byes\b", said):
                 return ""
             yield from _call("refuel_data", **ids, gb_amount=REFUEL_GB)
-        return (yield from _say(_please(self._test))).lower()
+        return (yield from self._ask(_please(self._test)))
+
+    # -- listening ---------------------------------------------------------------------------------------------------
+
+    def _ask(self, request: str) -> Steps:
+        """Says the request, and then what it takes until the customer has carried it out. Returns the last answer, as
+        `hear` gives it."""
+        text, slipped = self._worded(request), self.turn in self.slips
+        said = hear((yield from _say(text)))
+        for _ in range(CLARIFICATIONS):
+            more = self._more(said, text)
+            if not more or "locked" in said:
+                break
+            if more == text and slipped:
+                self.slips.append(self.turn)
+            said = hear((yield from _say(more)))
+        return said
+
+    def _more(self, said: str, text: str) -> str:
+        """What the answer calls for before anything else; "" when nothing."""
+        if asked := _ASKED_BACK.search(said):
+            explained = f"You find {asked[2]} in the settings. Please do all of that."
+            return explained if self.wording in WORDINGS[::2] else text
+        if fix := _AGAIN.get((_MIXED_UP.search(said) or [""] * 2)[1]):
+            return self._worded(_please([fix, *self._test]))
+        if fix := _AGAIN.get((_TURNED_ON.search(said) or [""] * 2)[1]):
+            return self._worded(_please([fix, *self._test]))
+        return ""
+
+    def _look(self) -> Steps:
+        """What the phone shows of all that the issue needs: a customer who says little is asked for the rest."""
+        said = yield from self._ask(f"Please check {_CHECKS[self._issue]}.")
+        if self._issue != "service" and "mobile data is" not in said and "locked" not in said:
+            said += " " + (yield from self._ask("Please check mobile data and roaming."))
+        return said
+
+    def _worded(self, text: str) -> str:
+        for pattern, words in self.wording:
+            text = re.sub(pattern, words, text)
+        return text
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def _identify(self) -> Steps:
-        said = self.opening
-        while not (phone := re.search(r"\d{3}-\d{3}-\d{4}", said)):
-            said = yield from _say("What is your phone number?")
-        self.phone = phone.group()
+        while not (phone := _phone_number(self.opening)):
+            self.opening += " " + (yield from _say(self._worded("What is your phone number, and are you abroad?")))
+        self.phone = phone
         self.customer = _object((yield from _call("get_customer_by_phone", phone_number=self.phone)))
 
     def _find_line(self) -> Steps:
@@ -224,17 +345,32 @@ class ScriptedTeacher:
 
     @property
     def _issue(self) -> str:
-        if "MMS" in self.opening or "picture" in self.opening:
+        if re.search(r"MMS|[Pp]icture", self.opening):
             return "mms"
-        return "data" if re.search(r"data|internet", self.opening) else "service"
+        return "data" if re.search(r"data|[Ii]nternet", self.opening) else "service"
 
     @property
     def _abroad(self) -> bool:
-        return bool(re.search(r"abroad|travel", self.opening))
+        return bool(re.search(r"(?<!not )abroad|travel", self.opening))
 
     @property
     def _test(self) -> list[str]:
         return _TESTS[self._issue]
+
+
+def hear(text: str) -> str:
+    """The customer's text in lower case and in the words that the teacher looks for."""
+    text = text.lower()
+    for pattern, words in _HEARD:
+        text = re.sub(pattern, words, text)
+    return text
+
+
+def _phone_number(text: str) -> str:
+    """The number that the text calls the customer's own, else its first; "" for none."""
+    number = r"\d{3}-\d{3}-\d{4}"
+    found = re.search(rf"(?:my|phone) number is ({number})", text) or re.search(f"({number})", text)
+    return found[1] if found else ""
 
 
 def _please(actions: list[str]) -> str:
@@ -292,7 +428,7 @@ AGENTS = {"teacher": ScriptedTeacher, "always-transfer": AlwaysTransfer, "do-not
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-async def run_split(agent: type, split: str, config: EpisodeConfig, seed: int = 0) -> list[Episode]:
+async def run_split(agent: Callable[[], Any], split: str, config: EpisodeConfig, seed: int = 0) -> list[Episode]:
     """One episode per task of the split."""
     return [await run_episode(task, agent(), config, seed) for task in load_tasks(config.domain, split)]
 
@@ -315,17 +451,31 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--split", default="test")
     parser.add_argument("--agent", choices=sorted(AGENTS), default="teacher")
+    parser.add_argument("--style", choices=STYLES, default="checks", help="how the teacher asks")
+    parser.add_argument("--wording", type=int, choices=range(len(WORDINGS)), default=0, help="the teacher's")
+    parser.add_argument("--mood", choices=[*CHOICES, "all"], default="plain", help="the customer's (tau2_moods.py)")
     parser.add_argument("--redraw-ids", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", metavar="TASK_ID_PART", help="print the transcripts of matching tasks")
     args = parser.parse_args(argv)
-    began = time.perf_counter()
     try:
-        config = EpisodeConfig(redraw_ids=args.redraw_ids)
-        episodes = asyncio.run(run_split(AGENTS[args.agent], args.split, config, args.seed))
+        for mood in CHOICES if args.mood == "all" else [args.mood]:
+            run_mood(args, mood)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def run_mood(args: argparse.Namespace, mood: str) -> None:
+    """One episode per task with a customer of this mood; prints how they ended."""
+    began = time.perf_counter()
+    agent = AGENTS[args.agent]
+    if agent is ScriptedTeacher:
+        agent = functools.partial(ScriptedTeacher, args.style, wording=args.wording)
+    user_args = {} if mood == "plain" else {"mood": mood}
+    config = EpisodeConfig(user_args=user_args, redraw_ids=args.redraw_ids)
+    episodes = asyncio.run(run_split(agent, args.split, config, args.seed))
     for episode in episodes:
         if args.show and args.show in episode.task_id:
             print(
@@ -333,9 +483,11 @@ def main(argv: list[str] | None = None) -> int:
             )
     solved = sum(episode.solved for episode in episodes)
     reasons = dict(Counter(episode.end_reason.value for episode in episodes))
+    turns = sum(episode.agent_turns for episode in episodes) / len(episodes)
     seconds = time.perf_counter() - began
-    print(f"{args.agent} with the scripted customer: {solved}/{len(episodes)} solved, {reasons}, {seconds:.1f} s")
-    return 0
+    customer = "the scripted customer" if mood == "plain" else f"the scripted customer, mood {mood}"
+    told = f"{solved}/{len(episodes)} solved, {reasons}, {turns:.1f} turns an episode, {seconds:.1f} s"
+    print(f"{args.agent} with {customer}: {told}", flush=True)
 
 
 if __name__ == "__main__":

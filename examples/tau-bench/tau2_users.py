@@ -2,7 +2,8 @@
 
 The scripted customer sees its task's scenario and its own phone, nothing else. It maps ordinary wordings of an
 instruction to the phone's tools, reports tersely what the tools say, and ends the call when its own problem is solved
-or when the agent keeps getting nowhere. It is cooperative and literal: every number made with it names it.
+or when the agent keeps getting nowhere. It is cooperative and literal: every number made with it names it. Harder
+moods of it are in tau2_moods.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tau2_llm_customer import CONCURRENCY, DEFAULT_MODEL, LLMCustomer
+from tau2_llm_customer import CONCURRENCY, DEFAULT_MODEL, LLMCustomer, UnusableCustomer
+from tau2_moods import Mood, make_mood, problem_with
 
 STOP, TRANSFER, OUT_OF_SCOPE = "###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###"
 SCRIPTED_VERSION = "1"
@@ -23,6 +25,17 @@ PATIENCE = 3  # messages without anything to do, or repeats of one request with 
 def customer_name(user: str) -> str:
     """The customer that `user` stands for: "llm" is the default model."""
     return DEFAULT_MODEL if user == "llm" else user
+
+
+def check_scripted(user: str, user_args: dict[str, Any]) -> None:
+    """Raises UnusableCustomer for settings that the scripted customer does not have."""
+    if problem := problem_with(user_args):
+        raise UnusableCustomer(problem)
+
+
+def repeats_itself(user: str, user_args: dict[str, Any]) -> bool:
+    """Whether the customer is the same with every seed."""
+    return user == "scripted" and user_args.get("mood", "plain") == "plain"
 
 
 def make_customer(
@@ -35,7 +48,7 @@ def make_customer(
 ) -> Any:
     """The customer named by `user`: "scripted", "llm" or a litellm model name; `tools()` gives its phone's."""
     if user == "scripted":
-        return ScriptedCustomer(task.user_scenario)
+        return ScriptedCustomer(task.user_scenario, make_mood(user_args.get("mood", "plain"), task.id, seed))
     return LLMCustomer(customer_name(user), user_args, str(task.user_scenario), tools(), seed, concurrency)
 
 
@@ -478,10 +491,10 @@ class _Answer:
 
 
 class ScriptedCustomer:
-    """A cooperative customer without a language model. Deterministic."""
+    """A cooperative customer without a language model. Deterministic, given its mood."""
 
-    def __init__(self, user_scenario: Any) -> None:
-        self.scenario = Scenario.read(user_scenario)
+    def __init__(self, user_scenario: Any, mood: Mood | None = None) -> None:
+        self.scenario, self.mood = Scenario.read(user_scenario), mood or Mood()
         self.facts: dict[str, str] = {}
         self.reported: Counter[tuple] = Counter()
         self.fruitless = 0
@@ -492,7 +505,7 @@ class ScriptedCustomer:
         self.turn: Generator[list[Call], list[str], str] | None = None
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "scripted", "version": SCRIPTED_VERSION}
+        return {"kind": "scripted", "version": SCRIPTED_VERSION, **self.mood.describe()}
 
     def reply(self, message: Any) -> Any:
         """The next tau2 UserMessage, after an agent's text or after the results of the customer's own tool calls."""
@@ -501,7 +514,7 @@ class ScriptedCustomer:
             return self._advance([result.content for result in results])
         if not self.opened:
             self.opened = True
-            return self._text(self.scenario.opening)
+            return self._text(self.mood.opening(self.scenario))
         self.turn = self._serve(message.content or "")
         return self._advance(None)
 
@@ -535,12 +548,16 @@ class ScriptedCustomer:
         """Yields batches of phone actions, receives their outputs, returns the answer to the agent."""
         if _TRANSFERRED.search(text.lower()):
             return TRANSFER
-        requests = parse(text)
+        question, requests = self.mood.listen(text, _topics(text.lower()), parse(text))
+        if question:
+            return question
         if not requests:
             return self._nothing_to_do()
+        requests = self.mood.plan(self.scenario.issue, requests)
         if reads := self._reads(requests):
             yield reads
         before, answer = dict(self.facts), _Answer()
+        requests = yield from self.mood.slip(self.facts, requests, answer)
         yield from self._do_all(requests, answer)
         return self._finish(requests, answer, before)
 
@@ -677,8 +694,7 @@ class ScriptedCustomer:
         if topic in _SCENARIO_TOPICS:
             return self._say_about_me(topic)
         if topic == "network":
-            switches = [self._say("data"), self._say("roaming")]
-            return ", ".join([self._say("airplane"), self._say("sim"), self._signal(), *switches])
+            return ", ".join(self._signal() if part == "signal" else self._say(part) for part in self.mood.network)
         if topic == "status_bar":
             return "airplane mode is on" if facts.get("airplane") == "on" else self._signal()
         if topic == "permissions":
@@ -732,13 +748,14 @@ class ScriptedCustomer:
         return [permission for permission in ("sms", "storage") if permission not in granted]
 
     def _finish(self, requests: list[Request], answer: _Answer, before: dict[str, str]) -> str:
-        if answer.done:
+        if answer.done and self.mood.tells_signal:
             self._add_signal(answer, before)
-        text = _sentence((["done"] if answer.done else []) + answer.parts)
+        parts = (["done"] if answer.done else []) + answer.parts
+        text = _sentence(self.mood.words(parts, only_checked=all(r.action == "check" for r in requests)))
         self._remember_failures()
         if self._solved():
             return f"{text} Thank you! {STOP}"
-        key = (tuple(r.key for r in requests), text)
+        key = (tuple(r.key for r in requests), _sentence(parts))
         self.reported[key] += 1
         self.fruitless = 0 if text else self.fruitless + 1
         if max(self.reported[key], self.fruitless) >= PATIENCE:

@@ -8,8 +8,9 @@ writes them) and writes data/teacher_traces.jsonl in the form that slime's SFT r
 
     {"prompt": [messages with structured tool_calls], "tools": [OpenAI schemas], "metadata": {"task_id", ...}}
 
-tau2's fixed greeting and the teacher's slips (--slip) carry "step_loss_mask": 0: they are not trained. The same flags
-give the same bytes.
+tau2's fixed greeting and the teacher's slips (--slip) carry "step_loss_mask": 0: they are not trained. A harder
+customer is --user-args '{"mood": "mixed"}' (tau2_moods.py), a teacher that does not always say the same --wordings 4.
+The same flags give the same bytes.
 
     --from-hub-file blended_traces_v4.jsonl    (or --from-hub, where the hub can be reached)
 
@@ -54,7 +55,7 @@ from tau2_episode import (
 )
 from tau2_metrics import sub_issues
 from tau2_mock import check_folder, read_jsonl, read_task_rows, write_jsonl
-from tau2_teacher import STYLES, ScriptedTeacher
+from tau2_teacher import STYLES, WORDINGS, ScriptedTeacher
 
 HUB_REPO = "Jarrodbarnes/tau2-sft-v4-dataset"
 HUB_FILE = "blended_traces_v4.jsonl"
@@ -128,7 +129,8 @@ async def run_one(args: argparse.Namespace, config: EpisodeConfig, source: dict,
     """(outcome, whether it is the episode's own and not the machinery's). The teacher's slips are marked
     "step_loss_mask": 0 in the row."""
     for _ in range(TRIES):
-        teacher = ScriptedTeacher(args.style, args.slip, seed)
+        wording = draw_wording(source["task"]["id"], seed, args.wordings)
+        teacher = ScriptedTeacher(args.style, args.slip, seed, wording)
         episode = await run_episode(source["task"], teacher, config, seed)
         if not episode.end_reason.is_infrastructure:
             break
@@ -136,6 +138,11 @@ async def run_one(args: argparse.Namespace, config: EpisodeConfig, source: dict,
     for turn in (turn for turn in teacher.slips if turn < len(turns)):
         turns[turn]["step_loss_mask"] = 0
     return _outcome(episode, source, config), not episode.end_reason.is_infrastructure
+
+
+def draw_wording(task_id: str, seed: int, count: int) -> int:
+    """One of the teacher's first `count` wordings."""
+    return random.Random(f"{task_id}:{seed}:wording").randrange(count)
 
 
 def _outcome(episode: Episode, source: dict, config: EpisodeConfig) -> Outcome:
@@ -255,14 +262,15 @@ def refuse_test_tasks(domain: str, rows: list[dict]) -> None:
 
 def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal]:
     """SFT rows of solved episodes, how many were dropped for which reason, and the journal to remove at the end."""
-    sources = [row for path in args.tasks for row in read_task_rows(path)]
-    refuse_test_tasks(args.domain, sources)
     config = EpisodeConfig(args.domain, args.prompt, args.user, args.user_args, redraw_ids=args.redraw_ids)
     config.validate()
+    sources = [row for path in args.tasks for row in read_task_rows(path)]
+    refuse_test_tasks(args.domain, sources)
     check_customer_key(config)
     check_customer(config)
     draws = draw_tasks(sources, args.num_traces or args.epochs * len(sources), args.mix, args.seed)
-    chosen = {name: getattr(args, name) for name in "domain prompt user user_args redraw_ids style slip seed".split()}
+    names = "domain prompt user user_args redraw_ids style slip wordings seed"
+    chosen = {name: getattr(args, name) for name in names.split()}
     path = None if config.user == "scripted" else args.output.with_name(f"{args.output.name}.partial")
     journal = Journal(path, {**chosen, "tasks": [draw["task"]["id"] for draw in draws]})
     outcomes = asyncio.run(run_teacher(args, config, draws, journal))
@@ -500,6 +508,12 @@ def positive(text: str) -> int:
     return value
 
 
+def wordings(text: str) -> int:
+    if not 1 <= (count := positive(text)) <= len(WORDINGS):
+        raise argparse.ArgumentTypeError(f"the teacher has {len(WORDINGS)} wordings, not {count}")
+    return count
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Write SFT rows from solved teacher episodes or from the hub data set."
@@ -517,10 +531,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--style", choices=STYLES, default="checks", help="how the teacher asks (see tau2_teacher.py)")
     add("--slip", type=share, default=0.0, help="share of episodes in which the teacher forgets a fix and mends it")
+    add(
+        "--wordings",
+        type=wordings,
+        default=1,
+        metavar="N",
+        help="draw among N wordings of the teacher (default: 1)",
+    )
     add("--redraw-ids", action="store_true", help="draw names, phone numbers and ids anew in each episode")
     add("--seed", type=int, default=0)
     add("--user", default="scripted", help="scripted, llm, or a litellm model name (default: scripted)")
-    add("--user-args", type=json_object, default={}, help="JSON object of litellm arguments for --user")
+    add("--user-args", type=json_object, default={}, help='JSON object: {"mood": "mixed"}, or litellm arguments')
     add("--max-concurrency", type=positive, default=16, help="episodes at a time (default: 16)")
     hub = parser.add_mutually_exclusive_group()
     hub.add_argument("--from-hub-file", type=Path, help=f"convert this copy of {HUB_FILE}")
