@@ -53,7 +53,10 @@ from tau2_episode import (
     check_customer_key,
     episode_to_row,
     git_commit,
+    default_customer,
+    is_telecom,
     load_tasks,
+    refuse_judged,
     rescore,
     run_episode,
     tau2_version,
@@ -62,7 +65,7 @@ from tau2_metrics import behaviour, breakdowns, by_task, metrics, task_means
 from tau2_results import ROWS_FORMAT, RowsFile, read_result, rows_path, tau2_results, write_json
 from tau2_reward_shaping import partial_score
 from tau2_teacher import AGENTS, AlwaysTransfer
-from tau2_users import customer_name
+from tau2_users import customer_name, has_model
 
 CHECKPOINT = "checkpoint"
 TRIES = 3  # of an episode that the machinery broke
@@ -95,7 +98,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--user-llm",
         type=customer_name,
         default="scripted",
-        help=f"the customer: scripted, llm ({customer_name('llm')}), or the litellm name of a model",
+        help=f"the customer: scripted (telecom), recited (retail, airline: its briefing, read out), llm "
+        f"({customer_name('llm')}), or the litellm name of a model",
     )
     add(
         "--user-args",
@@ -175,6 +179,7 @@ def run(args: argparse.Namespace) -> int:
     if not rows_path(args.output_path).exists():  # where there are rows, perhaps nothing is owed
         check_customer_key(config)
     tasks = choose_tasks(load_tasks(args.domain, args.task_split), args.num_tasks)
+    refuse_judged(tasks)
     with RowsFile(args.output_path, settings(args)) as rows:
         wanted = [(task, trial) for trial in range(args.num_trials) for task in tasks]
         owed = [(task, trial) for task, trial in wanted if (task.id, trial) not in rows.done]
@@ -211,11 +216,13 @@ def check_args(args: argparse.Namespace) -> None:
             raise BadInput(f"--{flag.replace('_', '-')} must be at least 1{most}")
     if not 0 <= args.temperature < math.inf:
         raise BadInput("--temperature must be 0 or more")
-    deterministic = args.temperature == 0 and args.user == "scripted" and not args.redraw_ids
+    deterministic = args.temperature == 0 and not has_model(args.user) and not args.redraw_ids
     if deterministic and args.num_trials > 1 and args.agent == CHECKPOINT:
         raise BadInput("--num-trials repeats the same greedy episodes: give --temperature or --redraw-ids")
     if not args.output_path.endswith(".json"):
         raise BadInput(f"--output-path {args.output_path}: must end in .json")
+    if args.agent == "teacher" and not is_telecom(args.domain):
+        raise BadInput(f"--agent teacher follows telecom's policy only, not that of {args.domain!r}")
     if args.agent == CHECKPOINT:
         if not args.checkpoint:
             raise BadInput(f"--agent {CHECKPOINT} needs --checkpoint DIR")
@@ -396,13 +403,13 @@ def graded(reward: float, checks: dict) -> dict[str, Any]:
     }
 
 
-def measure_floor(domain: str, tasks: list) -> float | None:
-    """pass@1 of transferring at once, on the same tasks; with the scripted customer, so telecom only."""
-    if domain != "telecom":
-        return None
+def measure_floor(domain: str, tasks: list) -> float:
+    """pass@1 of transferring at once, on the same tasks, with the domain's customer without a model: what the customer
+    says to a hand-over decides nothing."""
+    config = EpisodeConfig(domain, user=default_customer(domain))
 
     async def run_floor() -> list[Episode]:
-        return [await run_episode(task, AlwaysTransfer(), EpisodeConfig(prompt="short")) for task in tasks]
+        return [await run_episode(task, AlwaysTransfer(), config) for task in tasks]
 
     return statistics.fmean(episode.solved for episode in asyncio.run(run_floor()))
 

@@ -1,4 +1,5 @@
-"""The customer of an episode: scripted (no key, no model), or any LLM through tau2's own user simulator.
+"""The customer of an episode: scripted (telecom) or recited (retail, airline; tau2_recited.py), which need no model and
+no key, or any LLM through tau2's own user simulator.
 
 The scripted customer sees its task's scenario and its own phone, nothing else. It maps ordinary wordings of an
 instruction to the phone's tools, reports tersely what the tools say, and ends the call when its own problem is solved
@@ -14,10 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tau2_llm_customer import CONCURRENCY, DEFAULT_MODEL, LLMCustomer
+from tau2_recited import RecitedCustomer
 
 STOP, TRANSFER, OUT_OF_SCOPE = "###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###"
 SCRIPTED_VERSION = "1"
 PATIENCE = 3  # messages without anything to do, or repeats of one request with one answer, before hanging up
+
+
+def has_model(user: str) -> bool:
+    """Whether a language model plays this customer."""
+    return user not in ("scripted", "recited")
 
 
 def customer_name(user: str) -> str:
@@ -33,9 +40,11 @@ def make_customer(
     seed: int,
     concurrency: int = CONCURRENCY,
 ) -> Any:
-    """The customer named by `user`: "scripted", "llm" or a litellm model name; `tools()` gives its phone's."""
+    """The customer named by `user`: "scripted", "recited", "llm" or a litellm model name; `tools()` gives its phone's."""
     if user == "scripted":
         return ScriptedCustomer(task.user_scenario)
+    if user == "recited":
+        return RecitedCustomer(task.user_scenario)
     return LLMCustomer(customer_name(user), user_args, str(task.user_scenario), tools(), seed, concurrency)
 
 
