@@ -95,7 +95,8 @@ def row(name: str, episodes: list[Episode]) -> str:
     partial = statistics.fmean(partial_score(episode.checks) for episode in episodes)
     shaped = statistics.fmean(shaped_reward(episode.reward, episode.checks) for episode in episodes)
     solved = sum(episode.solved for episode in episodes)
-    return f"  {name:<16}{solved:>4}/{len(episodes)} = {solved / len(episodes):.3f}   partial {partial:.3f}   R {shaped:.3f}"
+    share = f"{solved:>4}/{len(episodes)} = {solved / len(episodes):.3f}"
+    return f"  {name:<16}{share}   partial {partial:.3f}   R {shaped:.3f}"
 
 
 def show(domain: str, tasks: list[Any], split: str) -> None:

@@ -1,8 +1,8 @@
 """A stand-in for a provider of models, at the outer edge: `/chat/completions`, misbehaving on demand.
 
 When it behaves it plays a sensible customer (FakeProvider) or agent (FakeAgent): for each request it reads the
-dialogue anew, from its start, and says what the scripted (or recited) customer or teacher would say next. A history that is not
-what it has said itself is a broken one.
+dialogue anew, from its start, and says what the scripted (or recited) customer or teacher would say next. A history
+that is not what it has said itself is a broken one.
 """
 
 import asyncio

@@ -11,6 +11,7 @@ from fake_openai import FakeGoldAgent, FakeProvider, serving_openai
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import domains
+
 import evaluate_tau2
 import tau2_mock
 import teacher_traces

@@ -127,8 +127,8 @@ def print_report(result: dict[str, Any], path: Path) -> None:
     print(f"customer: {json.dumps(result['customer'])}   prompt: {result['prompt']}")
     print(
         f"{last['total_tasks']} {last['domain']} {last['task_split']} tasks, greedy. "
-        f"Made with a customer of kind {result['customer'].get('kind')} and the {result['prompt']} prompt: these numbers "
-        "do not compare with published tau2 scores."
+        f"Customer {result['customer'].get('kind')}, {result['prompt']} prompt: these numbers do not compare with "
+        "published tau2 scores."
     )
     print(f"written to {path}")
 

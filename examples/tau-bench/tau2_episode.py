@@ -174,7 +174,8 @@ class EpisodeConfig:
     """Settings of an episode.
 
     `user` is "scripted" (telecom), "recited" (retail, airline), "llm" (the default model), or the litellm name of a
-    model that plays the customer through tau2's own user simulator, with `user_args` for litellm and at most `user_concurrency` calls at a time.
+    model that plays the customer through tau2's own user simulator, with `user_args` for litellm and at most
+    `user_concurrency` calls at a time.
     `redraw_ids` re-draws names, phone numbers and ids per (task, seed).
     """
 
@@ -490,8 +491,8 @@ def issue_type(task_id: str) -> str:
 
 
 def task_type(task: Any, domain: str) -> str:
-    """What the task is about: telecom's issue; elsewhere what is to be changed, after the first word of the gold tools:
-    "exchange", "cancel", ...; "several" of them, "hand_over", or "no_change" (look-ups and words at most).
+    """What the task is about: telecom's issue; elsewhere the first word of the gold tools that change something
+    ("exchange", "cancel", ...), "several", "hand_over", or "no_change" (look-ups and words at most).
 
     task: a tau2 Task or its dict."""
     task = _read_task(task) if isinstance(task, dict) else task

@@ -172,8 +172,7 @@ def tasks_of(domain: str, split: str, min_distance: int) -> list[Any]:
 def no_pool(domain: str) -> str:
     """Why there is none."""
     return (
-        f"the split 'pool' exists for the domain {POOL_DOMAIN!r} only: {domain!r} has no tasks outside its base split; "
-        "train on train"
+        f"the split 'pool' exists for the domain {POOL_DOMAIN!r} only: {domain!r} has no tasks outside its base split"
     )
 
 

@@ -1,6 +1,6 @@
 """A customer without a model for scenarios in free text (retail, airline): it reads its briefing out.
 
-    python examples/tau-bench/evaluate_tau2.py --domain retail --user recited --agent always-transfer --output-path x.json
+    python examples/tau-bench/evaluate_tau2.py --domain retail --user recited --agent do-nothing --output-path x.json
 
 Its first message is its scenario as tau2 wrote it: what it wants, what it knows, what it does not know, how it is to
 behave. Asked who it is, it repeats what it knows; asked to confirm, it agrees to what that note says; asked anything
@@ -40,8 +40,8 @@ _CLOSES = re.compile(
     r"|\bfurther (help|assistance|questions)\b|\bassist you further\b"
 )
 _CONFIRMS = re.compile(
-    r"\bconfirm\b|\bproceed\b|\bis (that|this) (correct|right|okay|ok)\b|\bshall i\b|\bshould i\b|\byes\b|\bdo you agree\b"
-    r"|\b(would|do) you (like|want) me to\b|\bgo ahead\b"
+    r"\bconfirm\b|\bproceed\b|\bis (that|this) (correct|right|okay|ok)\b|\bshall i\b|\bshould i\b|\byes\b"
+    r"|\bdo you agree\b|\b(would|do) you (like|want) me to\b|\bgo ahead\b"
 )
 _IDENTIFIES = re.compile(
     r"\bname\b|\be-?mail\b|\bzip\b|\bpostal\b|\buser id\b|\bcustomer id\b|\bid\b|\bidentity\b|\bverify\b|\bwho\b"

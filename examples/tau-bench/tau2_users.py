@@ -1,5 +1,5 @@
-"""The customer of an episode: scripted (telecom) or recited (retail, airline; tau2_recited.py), which need no model and
-no key, or any LLM through tau2's own user simulator.
+"""The customer of an episode: scripted (telecom) or recited (retail, airline; tau2_recited.py), both without a model
+and a key, or any LLM through tau2's own user simulator.
 
 The scripted customer sees its task's scenario and its own phone, nothing else. It maps ordinary wordings of an
 instruction to the phone's tools, reports tersely what the tools say, and ends the call when its own problem is solved
@@ -40,7 +40,7 @@ def make_customer(
     seed: int,
     concurrency: int = CONCURRENCY,
 ) -> Any:
-    """The customer named by `user`: "scripted", "recited", "llm" or a litellm model name; `tools()` gives its phone's."""
+    """The customer named by `user`: "scripted", "recited", "llm" or a litellm model; `tools()` gives its phone's."""
     if user == "scripted":
         return ScriptedCustomer(task.user_scenario)
     if user == "recited":

@@ -153,8 +153,8 @@ def check_teacher(args: argparse.Namespace, sources: list[dict]) -> None:
     if not is_telecom(args.domain):
         if not args.agent_llm:
             raise BadInput(
-                f"the scripted teacher follows telecom's policy only; for {args.domain!r} give --teacher-llm NAME with "
-                "--teacher-base-url URL, or --from-hub"
+                f"the scripted teacher follows telecom's policy only; for {args.domain!r} give --teacher-llm NAME "
+                "with --teacher-base-url URL, or --from-hub"
             )
         if args.mix:
             raise BadInput("--mix draws telecom's issue types only")
@@ -182,8 +182,8 @@ def _outcome(episode: Episode, source: dict, config: EpisodeConfig) -> Outcome:
 
 
 class Journal:
-    """OUTPUT.partial: with a customer or a teacher that costs money, the outcome of every finished episode is on disk at once, and
-    the same command goes on where an interrupted one stopped. Removed by `remove`, when the rows are written.
+    """OUTPUT.partial: with a customer or a teacher that costs money, the outcome of every finished episode is on disk
+    at once, and the same command goes on where an interrupted one stopped. Removed when the rows are written.
 
     `path` None (nobody is a model) keeps nothing. Raises BadInput when the file belongs to other settings or to a
     run that is under way; a torn last line counts as not written.
