@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import EXAMPLE, ROOT, free_ports
 from fake_openai import FakeGoldAgent, FakeProvider, serving_openai
+from test_compare import tau2
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -141,6 +142,25 @@ def test_an_llm_plays_the_customer(tmp_path):
     result = json.loads((tmp_path / "x.json").read_text())
     assert result["customer"]["kind"] == "llm" and result["end_reasons"] == {"user_stop": 2}
     assert not provider.broken_histories and not any("tools" in request for request in provider.requests[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("own_signal_handler")
+def test_tau2s_own_tools_read_the_file(tmp_path):
+    """Regraded to the same rewards; a base split of four trials passes the leaderboard's checks."""
+    output = tmp_path / "base.json"
+    flags = ["--domain", "airline", "--user", "recited", "--agent", "always-transfer", "--task-split", "base"]
+    assert evaluate_tau2.main([*flags, "--num-trials", "4", "--output-path", str(output)]) == 0
+    ours = json.loads(output.read_text())
+    done = tau2("evaluate-trajs", output, "-o", tmp_path)
+    assert "All files processed successfully" in done.stdout, done.stdout + done.stderr
+    theirs = json.loads((tmp_path / "updated_base.json").read_text())["simulations"]
+    rewards = {(run["task_id"], run["trial"]): run["reward_info"]["reward"] for run in theirs}
+    assert rewards == {(row["task_id"], row["trial"]): row["reward"] for row in ours["results"]}
+    done = tau2("submit", "verify-trajs", output)
+    assert "All files passed all checks" in done.stdout, done.stdout + done.stderr
+    assert f"Loaded {len(rewards)} simulations" in tau2("view", "--file", output).stdout
 
 
 # ---- The reward ----------------------------------------------------------------------------------------------------

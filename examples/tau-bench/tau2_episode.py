@@ -771,7 +771,7 @@ class _Run:
         self.calls = 0
         self.shown_errors: dict[str, str] = {}
         self.started, self.start_time = time.perf_counter(), self.tau2.get_now()
-        self.episode = Episode(task.id, seed, config.prompt, {"kind": config.user}, task_type(task, config.domain))
+        self.episode = Episode(task.id, seed, config.prompt, {"kind": config.user}, issue_type(task.id))
 
     async def run(self) -> Episode:
         try:
@@ -786,6 +786,7 @@ class _Run:
 
     def _set_up(self) -> None:
         config = self.config
+        self.episode.issue_type = task_type(self.task, config.domain)
         environment = self.tau2.registry.get_env_constructor(fast_domain(config.domain))()
         self.customer_tools = _customer_only_tools(config.domain, self.task)
         self.customer = tau2_users.make_customer(
@@ -1102,8 +1103,9 @@ def _without_dangling_call(messages: list) -> list:
 
 def _checks(task: Any, messages: list, reward_info: Any, domain: str) -> dict[str, Any]:
     """What partial credit reads. `official` is tau2's own action match, `sound` the one that cannot be gamed;
-    `look_up`: a gold action that changes nothing; `given_up`: not solved, and handed over to a human needlessly."""
-    gold = _gold(task)
+    `look_up`: a gold action that changes nothing; `db_match`: where the database counts; `given_up`: not solved, and
+    handed over to a human needlessly."""
+    gold, basis = _gold(task), [basis.value for basis in reward_info.reward_basis or []]
     official = [check.action_match for check in reward_info.action_checks or []]
     action_checks = [
         {
@@ -1122,8 +1124,8 @@ def _checks(task: Any, messages: list, reward_info: Any, domain: str) -> dict[st
         "env_assertions": [
             {"func_name": c.env_assertion.func_name, "met": c.met} for c in reward_info.env_assertions or []
         ],
-        "db_match": reward_info.db_check.db_match if reward_info.db_check else None,
-        "reward_basis": [basis.value for basis in reward_info.reward_basis or []],
+        "reward_basis": basis,
+        **({"db_match": reward_info.db_check.db_match} if "DB" in basis and reward_info.db_check else {}),
         "given_up": reward_info.reward < 1 - SUCCESS_TOLERANCE and _handed_over(gold, messages),
     }
 
