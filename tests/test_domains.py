@@ -231,6 +231,8 @@ def test_where_nothing_is_to_be_done_the_database_counts():
     (task,) = by_id("airline", "0")
     (nothing,) = play("airline", [task], lambda _: DoNothing())
     assert nothing.solved and partial_score(nothing.checks) == 1.0
+    (cut,) = play("airline", [task], lambda _: DoNothing(), max_steps=2)
+    assert cut.end_reason.is_truncated and cut.reward == partial_score(cut.checks) == 0.0
     cancel = calls(("cancel_reservation", {"reservation_id": "EHGLP3"}))
     (wrong,) = play("airline", [task], lambda _: Says(cancel, "Okay."))
     assert not wrong.solved and partial_score(wrong.checks) == 0.0

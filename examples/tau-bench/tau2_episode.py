@@ -997,7 +997,10 @@ def _score(task: Any, simulation: Any, reason: EndReason, domain: str) -> tuple[
             "termination_reason": _tau2().simulation.TerminationReason.USER_STOP,
         }
         reward_info = _evaluate(task, simulation.model_copy(update=stopped), domain)
-    return official, _checks(task, simulation.messages, reward_info, domain)
+    checks = _checks(task, simulation.messages, reward_info, domain)
+    if reason.is_truncated:
+        checks.pop("db_match", None)  # nobody is done: that nothing was spoilt so far is no merit
+    return official, checks
 
 
 def _evaluate(task: Any, simulation: Any, domain: str) -> Any:

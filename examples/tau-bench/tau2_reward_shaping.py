@@ -48,7 +48,8 @@ STD_EPSILON = 1e-6  # slime's
 def partial_score(checks: dict | None, matching: str = "sound") -> float:
     """Weighted share of met checks, 0..1; 0.0 when there are none after an infrastructure failure.
 
-    Where the task itself has none (nothing is to be changed or said), 1.0 for a database that was left as it is.
+    Where the task itself has none (nothing is to be changed or said), 1.0 for a dialogue that ended with the database
+    as it was.
 
     checks: an episode's `checks` (see tau2_episode). matching: "sound", or "official" for tau2's own action matcher.
     """

@@ -290,8 +290,8 @@ def refuse_test_tasks(domain: str, rows: list[dict]) -> None:
 def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal]:
     """SFT rows of solved episodes, how many were dropped for which reason, and the journal to remove at the end."""
     sources = [row for path in args.tasks for row in read_task_rows(path)]
-    refuse_test_tasks(args.domain, sources)
     check_teacher(args, sources)
+    refuse_test_tasks(args.domain, sources)
     config = EpisodeConfig(args.domain, args.prompt, args.user, args.user_args, redraw_ids=args.redraw_ids)
     config.validate()
     check_customer_key(config)
