@@ -147,6 +147,7 @@ def make_teacher(args: argparse.Namespace, source: dict, seed: int) -> Any:
 
 def check_teacher(args: argparse.Namespace, sources: list[dict]) -> None:
     """Raises BadInput for a teacher that the domain has not, flags that it has no use for, tasks of another domain."""
+    load_split_ids(args.domain)  # an unknown domain is the first thing to tell
     other = [source["domain"] for source in sources if source.get("domain") not in (None, args.domain)]
     if other:
         raise BadInput(f"the tasks are of the domain {other[0]!r}: give --domain {other[0]}, or other --tasks")
