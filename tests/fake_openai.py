@@ -1,8 +1,8 @@
 """A stand-in for a provider of models, at the outer edge: `/chat/completions`, misbehaving on demand.
 
 When it behaves it plays a sensible customer (FakeProvider) or agent (FakeAgent): for each request it reads the
-dialogue anew, from its start, and says what the scripted customer or teacher would say next. A history that is not
-what it has said itself is a broken one.
+dialogue anew, from its start, and says what the scripted (or recited) customer or teacher would say next. A history
+that is not what it has said itself is a broken one.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from aiohttp import web
 from fake_generate import serving_app
 
 from tau2_episode import AgentTurn
+from tau2_recited import RecitedCustomer
 from tau2_teacher import ScriptedTeacher
 from tau2_users import ScriptedCustomer
 
@@ -92,7 +93,9 @@ class FakeProvider:
         if messages[0]["role"] != "system":
             return {"content": "OK"}  # the preflight
         scenario = next(found for text, found in self.scenarios.items() if text in messages[0]["content"])
-        customer, said, heard = ScriptedCustomer(scenario), {}, []
+        is_free_text = scenario.instructions.domain in ("retail", "airline")
+        customer = RecitedCustomer(scenario) if is_free_text else ScriptedCustomer(scenario)
+        said, heard = {}, []
         for message in [*messages[1:], {"role": "assistant"}]:
             if message["role"] != "assistant":
                 heard.append(message)
@@ -169,6 +172,25 @@ class FakeAgent(FakeProvider):
             asked = [call["id"] for call in calls]
             assert len(set(asked)) == len(asked)
         assert not asked
+
+
+class FakeGoldAgent(FakeAgent):
+    """A provider whose model knows the tasks' gold actions, done one a turn: a good teacher of any domain."""
+
+    def __init__(self, tasks: list, gold_turns: Callable[[Any], list[AgentTurn]]) -> None:
+        super().__init__()
+        self.plans = {" ".join(task.user_scenario.instructions.reason_for_call.split()): task for task in tasks}
+        self.gold_turns = gold_turns
+
+    async def _says(self, body: dict) -> dict:
+        messages = body["messages"]
+        if messages[0]["role"] != "system":
+            return await super()._says(body)
+        self._check_history(messages)
+        opening = next(message["content"] for message in messages if message["role"] == "user")
+        turns = self.gold_turns(next(task for reason, task in self.plans.items() if reason in opening))
+        said = sum(message["role"] == "assistant" for message in messages[2:])
+        return _as_message(turns[min(said, len(turns) - 1)], len(messages))
 
 
 def _as_message(turn: AgentTurn, number: int) -> dict:

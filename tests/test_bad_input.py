@@ -841,7 +841,7 @@ WRONG_COMMANDS = [
     ("evaluate_tau2.py", "--num-trials 0", "--num-trials must be at least 1"),
     ("evaluate_tau2.py", "--output-path out.txt", "must end in .json"),
     ("evaluate_tau2.py", "--output-path none/out.json", "no folder none"),
-    ("evaluate_tau2.py", "--domain retail", "the scripted customer exists for the telecom domain only"),
+    ("evaluate_tau2.py", "--domain retail --agent do-nothing", "the scripted customer exists for the telecom"),
     ("evaluate_tau2.py", "--task-split tests", "unknown split 'tests'"),
     ("evaluate_tau2.py", "--user-args [1]", "not a JSON object"),
     ("evaluate_tau2.py", ["--user", "gpt-4", "--user-args", '{"api_key": "x"}'], "read from the environment only"),

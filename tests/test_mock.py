@@ -100,7 +100,7 @@ def test_every_telecom_task_has_one_variant_per_fault():
     [
         (["--splits", "train", "valid"], "unknown split 'valid' of domain 'telecom'; choose from: "),
         (["--domain", "telco"], "unknown domain 'telco'; choose one of: "),
-        (["--domain", "retail", "--splits", "pool"], "unknown split 'pool' of domain 'retail'"),
+        (["--domain", "retail", "--splits", "pool"], "the split 'pool' exists for the domain 'telecom' only"),
     ],
 )
 def test_bad_input_writes_nothing(tmp_path, capsys, flags, message):

@@ -244,18 +244,22 @@ def _is_object(text: Any) -> bool:
 # For the evaluator
 
 
-def add_flags(parser: argparse.ArgumentParser, json_object: Callable[[str], dict]) -> None:
-    add = parser.add_argument
-    add("--agent-llm", metavar="NAME", help=f"--agent {CHAT}: the model's name at its endpoint")
-    add("--agent-base-url", metavar="URL", help=f"--agent {CHAT}: the endpoint, such as http://127.0.0.1:8000/v1")
+def add_flags(parser: argparse.ArgumentParser, json_object: Callable[[str], dict], who: str = "agent") -> None:
+    """--WHO-llm, --WHO-base-url, --WHO-llm-args and --WHO-key-env; read as args.agent_llm and so on."""
+
+    def add(name: str, **options: Any) -> None:
+        parser.add_argument(f"--{who}-{name}", dest=f"agent_{name.replace('-', '_')}", **options)
+
+    add("llm", metavar="NAME", help=f"the {who}: the name of a model at a chat-completions endpoint")
+    add("base-url", metavar="URL", help="its endpoint, such as http://127.0.0.1:8000/v1")
     add(
-        "--agent-llm-args",
+        "llm-args",
         type=json_object,
         default={},
         metavar="JSON",
-        help=f"--agent {CHAT}: further fields of its requests; timeout and num_retries are of one call",
+        help="further fields of its requests; timeout and num_retries are of one call",
     )
-    add("--agent-key-env", default=KEY_VARIABLE, metavar="NAME", help="the environment variable that holds its key")
+    add("key-env", default=KEY_VARIABLE, metavar="NAME", help="the environment variable that holds its key")
 
 
 def identity(args: argparse.Namespace) -> dict[str, Any]:
@@ -263,9 +267,11 @@ def identity(args: argparse.Namespace) -> dict[str, Any]:
     return {"name": args.agent_llm, "base_url": _base_url(args.agent_base_url), "args": args.agent_llm_args}
 
 
-def make_chat_agents(args: argparse.Namespace) -> tuple[Callable[[str, int], ChatAgent], Callable[[], None]]:
+def make_chat_agents(
+    args: argparse.Namespace, who: str = "agent"
+) -> tuple[Callable[[str, int], ChatAgent], Callable[[], None]]:
     """(make_agent(task_id, trial), preflight()). Both raise BadInput for flags or an endpoint that cannot be used."""
-    endpoint = make_endpoint(args)
+    endpoint = make_endpoint(args, who)
     is_seeded = args.temperature > 0 and "seed" not in endpoint.params
 
     def make(task_id: str, trial: int) -> ChatAgent:
@@ -274,40 +280,48 @@ def make_chat_agents(args: argparse.Namespace) -> tuple[Callable[[str, int], Cha
     return make, lambda: asyncio.run(check_endpoint(endpoint))
 
 
-def make_endpoint(args: argparse.Namespace) -> Endpoint:
-    """The endpoint that the flags name. Raises BadInput."""
-    for flag in ("agent_llm", "agent_base_url"):
-        if not getattr(args, flag):
-            raise BadInput(f"--agent {CHAT} needs --{flag.replace('_', '-')}")
+def make_endpoint(args: argparse.Namespace, who: str = "agent") -> Endpoint:
+    """The endpoint that the flags name, which begin with --`who`. Raises BadInput."""
+    for name in ("llm", "base_url"):
+        if not getattr(args, f"agent_{name}"):
+            needs = f"--agent {CHAT}" if who == "agent" else f"--{who}-llm"
+            raise BadInput(f"{needs} needs --{who}-{name.replace('_', '-')}")
     if args.max_context_len is not None:
         raise BadInput(f"--max-context-len is the endpoint's own with --agent {CHAT}: leave it out")
     settings = {**DEFAULTS, **args.agent_llm_args}
-    if problem := wrong_arguments("--agent-llm-args: the agent's", settings, OURS, args.agent_key_env):
+    if problem := wrong_arguments(f"--{who}-llm-args: the {who}'s", settings, OURS, args.agent_key_env):
         raise BadInput(problem)
     if settings.get("seed") is not None:
-        raise BadInput("--agent-llm-args: seeds come from --seed, one for each turn; null sends none")
-    _check_key(args.agent_key_env)
+        raise BadInput(f"--{who}-llm-args: seeds come from --seed, one for each turn; null sends none")
+    _check_key(args.agent_key_env, f"--{who}-key-env")
     timeout, num_retries = settings.pop("timeout"), settings.pop("num_retries")
     params = {"temperature": args.temperature, "max_tokens": args.max_turn_tokens, **settings}
-    return Endpoint(_base_url(args.agent_base_url), args.agent_llm, params, args.agent_key_env, timeout, num_retries)
+    return Endpoint(
+        _base_url(args.agent_base_url, f"--{who}-base-url"),
+        args.agent_llm,
+        params,
+        args.agent_key_env,
+        timeout,
+        num_retries,
+    )
 
 
-def _base_url(url: str) -> str:
+def _base_url(url: str, flag: str = "--agent-base-url") -> str:
     """Without a slash at its end. Raises BadInput, which repeats nothing that could be a key."""
     address = urlsplit(url)
     if address.username or address.password or address.query or mask(url) != url:
-        raise BadInput("--agent-base-url holds a user, a query or a key: keys are read from the environment only")
+        raise BadInput(f"{flag} holds a user, a query or a key: keys are read from the environment only")
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise BadInput(f"--agent-base-url {url}: give an address such as http://127.0.0.1:8000/v1")
+        raise BadInput(f"{flag} {url}: give an address such as http://127.0.0.1:8000/v1")
     return url.rstrip("/").removesuffix("/chat/completions")
 
 
-def _check_key(variable: str) -> None:
+def _check_key(variable: str, flag: str) -> None:
     if mask(variable) != variable or not re.fullmatch(r"\w+", variable):
-        raise BadInput("--agent-key-env takes the name of an environment variable, not a key")
+        raise BadInput(f"{flag} takes the name of an environment variable, not a key")
     key = os.environ.get(variable, "").strip()
     if variable != KEY_VARIABLE and not key:
-        raise BadInput(f"--agent-key-env {variable}: this variable is not set")
+        raise BadInput(f"{flag} {variable}: this variable is not set")
     if not (key.isascii() and key.isprintable()):
         raise BadInput(f"the key in {variable} holds characters that no key has")
 

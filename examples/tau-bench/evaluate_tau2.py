@@ -51,9 +51,12 @@ from tau2_episode import (
     EpisodeConfig,
     check_customer,
     check_customer_key,
+    default_customer,
     episode_to_row,
     git_commit,
+    is_telecom,
     load_tasks,
+    refuse_judged,
     rescore,
     run_episode,
     tau2_version,
@@ -95,7 +98,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--user-llm",
         type=customer_name,
         default="scripted",
-        help=f"the customer: scripted, llm ({customer_name('llm')}), or the litellm name of a model",
+        help=f"the customer: scripted (telecom), recited (retail, airline: its briefing, read out), llm "
+        f"({customer_name('llm')}), or the litellm name of a model",
     )
     add(
         "--user-args",
@@ -183,6 +187,7 @@ def run(args: argparse.Namespace) -> int:
     if not rows_path(args.output_path).exists():  # where there are rows, perhaps nothing is owed
         check_customer_key(config)
     tasks = choose_tasks(load_tasks(args.domain, args.task_split), args.num_tasks)
+    refuse_judged(tasks)
     with RowsFile(args.output_path, settings(args)) as rows:
         wanted = [(task, trial) for trial in range(args.num_trials) for task in tasks]
         owed = [(task, trial) for task, trial in wanted if (task.id, trial) not in rows.done]
@@ -224,6 +229,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise BadInput("--num-trials repeats the same greedy episodes: give --temperature, --redraw-ids or a mood")
     if not args.output_path.endswith(".json"):
         raise BadInput(f"--output-path {args.output_path}: must end in .json")
+    if args.agent == "teacher" and not is_telecom(args.domain):
+        raise BadInput(f"--agent teacher follows telecom's policy only, not that of {args.domain!r}")
     if args.agent == CHECKPOINT:
         if not args.checkpoint:
             raise BadInput(f"--agent {CHECKPOINT} needs --checkpoint DIR")
@@ -406,13 +413,13 @@ def graded(reward: float, checks: dict) -> dict[str, Any]:
     }
 
 
-def measure_floor(domain: str, tasks: list) -> float | None:
-    """pass@1 of transferring at once, on the same tasks; with the scripted customer, so telecom only."""
-    if domain != "telecom":
-        return None
+def measure_floor(domain: str, tasks: list) -> float:
+    """pass@1 of transferring at once, on the same tasks, with the domain's customer without a model: what the customer
+    says to a hand-over decides nothing."""
+    config = EpisodeConfig(domain, user=default_customer(domain))
 
     async def run_floor() -> list[Episode]:
-        return [await run_episode(task, AlwaysTransfer(), EpisodeConfig(prompt="short")) for task in tasks]
+        return [await run_episode(task, AlwaysTransfer(), config) for task in tasks]
 
     return statistics.fmean(episode.solved for episode in asyncio.run(run_floor()))
 

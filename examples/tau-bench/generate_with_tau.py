@@ -5,7 +5,9 @@
 Settings are attributes of slime's args, set in the YAML of --custom-config-path; each has a default:
 
     tau2_prompt: official            "short" is a 90-word prompt for small models
-    tau2_user: scripted              or llm (gemini/gemini-2.5-flash-lite), or a model's litellm name
+    tau2_domain: telecom             of rows whose metadata name none
+    tau2_user: scripted              or llm (gemini/gemini-2.5-flash-lite), or a model's litellm name; recited for
+                                     retail and airline, where there is no scripted one
     tau2_user_args: {}               {mood: NAME} of the scripted customer (tau2_moods.py), or the model's litellm
                                      arguments; timeout and num_retries are of one reply. No keys
     tau2_user_concurrency: 32        calls of it at a time
@@ -328,7 +330,7 @@ def check_args(args: Any) -> None:
         raise BadInput(f"unknown setting(s) {', '.join(unknown)}; the plug-ins know: {', '.join(SETTINGS)}")
     _refuse_partial_rollout(args)
     _check_reward(args)
-    config = episode_config(args, {})
+    config = episode_config(args, _first_metadata(args))
     config.validate()
     if getattr(args, "tau2_data", None):
         _tasks_by_index(str(args.tau2_data))
@@ -347,6 +349,16 @@ def _check_reward(args: Any) -> None:
     matching = getattr(args, "tau2_partial_matching", "sound")
     if matching not in MATCHINGS:
         raise BadInput(f"tau2_partial_matching is {str(matching)[:40]!r}; choose one of: {', '.join(MATCHINGS)}")
+
+
+def _first_metadata(args: Any) -> dict:
+    """Of the first row of --prompt-data, which names the domain; {} where that cannot be told."""
+    try:
+        path = str(args.prompt_data).partition("@[")[0]
+        with Path(path).open(encoding="utf-8") as file:
+            return dict(json.loads(file.readline())["metadata"])
+    except (AttributeError, OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
 def _refuse_partial_rollout(args: Any) -> None:
@@ -389,7 +401,7 @@ def find_task(args: Any, sample: Any) -> Any:
     if metadata.get("task"):
         return metadata["task"]
     if metadata.get("task_id"):
-        tasks = {task.id: task for task in load_tasks(metadata.get("domain", "telecom"), "full")}
+        tasks = {task.id: task for task in load_tasks(episode_config(args, metadata).domain, "full")}
         if metadata["task_id"] not in tasks:
             raise BadInput(f"no task has the id {metadata['task_id']!r}")
         return tasks[metadata["task_id"]]

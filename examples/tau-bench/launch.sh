@@ -2,6 +2,7 @@
 #   HOST=slime   (default) `ray job submit` to $RAY_ADDRESS; Ray is started here when nothing answers there
 #   HOST=local   this machine, no Ray: slime_local
 #   PRINT=1      print the command, one argument a line, and stop
+#   DOMAIN=...   telecom (default), retail or airline: names the files of tasks and traces, and the folders' defaults
 #   CHECK=1      check the command (train.py --check-only) and stop
 fail() { # one line, exit code 2
    echo "error: $*" >&2
@@ -18,6 +19,7 @@ whole_number() { # whole_number NAME VALUE...: fails unless VALUE is a whole num
 EXAMPLE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$EXAMPLE/../.." && pwd) # this repository, or the slime checkout that the folder was copied into
 HOST=${HOST:-slime}
+DOMAIN=${DOMAIN:-telecom}
 NUM_GPUS=${NUM_GPUS:-2}
 RAY_ADDRESS=${RAY_ADDRESS:-http://127.0.0.1:8265}
 MEGATRON_DIR=${MEGATRON_DIR:-/root/Megatron-LM}
@@ -27,6 +29,7 @@ PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$EXAMPLE:$ROOT${PYTHONPATH:+:$PYTHONPATH}
 [ "$HOST" = local ] || [ "$HOST" = slime ] || fail "HOST=$HOST: choose slime or local"
 command -v "$PYTHON" >/dev/null || fail "no $PYTHON on PATH: set PYTHON to Python 3.11 or newer"
+[[ $DOMAIN =~ ^(telecom|retail|airline)$ ]] || fail "DOMAIN=$DOMAIN: choose telecom, retail or airline"
 whole_number NUM_GPUS "$NUM_GPUS"
 
 model_args() { # MODEL_ARGS of $MODEL
@@ -49,8 +52,11 @@ launch() { # launch ARG...: train.py with these arguments
    fi
 }
 
-write_tasks() { # the tasks, into $DATA_DIR, unless they are there
-   [ -e "$DATA_DIR/telecom_pool_tasks.jsonl" ] || "$PYTHON" "$EXAMPLE/tau2_mock.py" --local_dir "$DATA_DIR" --splits train test pool
+write_tasks() { # the tasks, into $DATA_DIR, unless they are there; telecom alone has a pool
+   local splits=(train test)
+   [ "$DOMAIN" != telecom ] || splits+=(pool)
+   [ -e "$DATA_DIR/${DOMAIN}_${splits[-1]}_tasks.jsonl" ] ||
+      "$PYTHON" "$EXAMPLE/tau2_mock.py" --local_dir "$DATA_DIR" --domain "$DOMAIN" --splits "${splits[@]}"
 }
 
 # Workers inherit the environment of the shell that starts Ray: export API keys there. They are not part of the

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 4: evaluation of a checkpoint on the 40 test tasks.
+# Stage 4: evaluation of a checkpoint on the test tasks of $DOMAIN (telecom and retail 40, airline 20).
 #   export GEMINI_API_KEY=... && CHECKPOINT=/root/..._rl_telecom/hf_73 bash examples/tau-bench/run_eval.sh
 #   CHECKPOINT=/root/..._rl_telecom/iter_0000073 bash examples/tau-bench/run_eval.sh     converts it first
 #   CHECKPOINT=runs/local/sft/hf CUSTOMER=scripted PROMPT=short HOST=local bash examples/tau-bench/run_eval.sh
@@ -24,7 +24,7 @@ case $(basename "$CHECKPOINT") in iter_*)
 esac
 
 EVAL_ARGS=(
-   --domain telecom
+   --domain "$DOMAIN"
    --task-split test
    --user "$CUSTOMER"
    --prompt "$PROMPT"

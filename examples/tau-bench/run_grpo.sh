@@ -3,6 +3,7 @@
 # another folder) and the arrays.
 #   export GEMINI_API_KEY=... && bash examples/tau-bench/run_grpo.sh     slime, 2 GPUs; the customer is an LLM
 #   CHECK=1 bash examples/tau-bench/run_grpo.sh                          only check the command; PRINT=1 prints it
+#   DOMAIN=retail bash examples/tau-bench/run_grpo.sh                    or airline
 #   HOST=local MODEL=smollm2-135M-Instruct HF_DIR=runs/SmolLM2-135M-Instruct CONFIG=examples/tau-bench/local.yaml \
 #      bash examples/tau-bench/run_grpo.sh
 set -euo pipefail
@@ -10,9 +11,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 MODEL=${MODEL:-qwen3-4B-Instruct-2507}
 HF_DIR=${HF_DIR:-/root/Qwen3-4B-Instruct-2507}
-SFT_DIR=${SFT_DIR:-/root/Qwen3-4B-Instruct-2507_sft_telecom}
-RL_DIR=${RL_DIR:-/root/Qwen3-4B-Instruct-2507_rl_telecom}
-DATA_DIR=${DATA_DIR:-/root/tau2-telecom}
+SFT_DIR=${SFT_DIR:-/root/Qwen3-4B-Instruct-2507_sft_$DOMAIN}
+RL_DIR=${RL_DIR:-/root/Qwen3-4B-Instruct-2507_rl_$DOMAIN}
+DATA_DIR=${DATA_DIR:-/root/tau2-$DOMAIN}
 CONFIG=${CONFIG:-$EXAMPLE/slime.yaml} # prompt and customer
 ROLLOUT_BATCH=${ROLLOUT_BATCH:-8}
 
@@ -32,7 +33,7 @@ CKPT_ARGS=(
 )
 
 ROLLOUT_ARGS=(
-   --prompt-data "$DATA_DIR/telecom_train_tasks.jsonl"
+   --prompt-data "$DATA_DIR/${DOMAIN}_train_tasks.jsonl"
    --input-key index
    --rollout-shuffle
    --num-rollout "${NUM_ROLLOUT:-74}"
@@ -49,8 +50,9 @@ ROLLOUT_ARGS=(
    --custom-config-path "$CONFIG"
 )
 
-# A validation curve on tasks that are neither trained on nor near the test tasks; those are for run_eval.sh alone.
-EVAL_ARGS=(
+# A validation curve (telecom) on tasks that are neither trained on nor near the test tasks; those are for run_eval.sh alone.
+EVAL_ARGS=()
+[ "$DOMAIN" != telecom ] || EVAL_ARGS=(
    --eval-interval "${EVAL_INTERVAL:-10}"
    --eval-prompt-data pool "$DATA_DIR/telecom_pool_tasks.jsonl@[0:40]"
    --eval-input-key index

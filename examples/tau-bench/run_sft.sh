@@ -10,8 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 MODEL=${MODEL:-qwen3-4B-Instruct-2507}
 HF_DIR=${HF_DIR:-/root/Qwen3-4B-Instruct-2507}                       # the model as downloaded
 TORCH_DIST_DIR=${TORCH_DIST_DIR:-/root/Qwen3-4B-Instruct-2507_torch_dist} # and converted for Megatron
-SFT_DIR=${SFT_DIR:-/root/Qwen3-4B-Instruct-2507_sft_telecom}
-DATA_DIR=${DATA_DIR:-/root/tau2-telecom}
+SFT_DIR=${SFT_DIR:-/root/Qwen3-4B-Instruct-2507_sft_$DOMAIN}
+DATA_DIR=${DATA_DIR:-/root/tau2-$DOMAIN}
 PROMPT=${PROMPT:-official}
 TRACES=${TRACES:-$DATA_DIR/teacher_traces.jsonl}
 
@@ -81,6 +81,8 @@ MISC_ARGS=(
 )
 
 if [ ! -e "$TRACES" ] && [ "${PRINT:-0}" != 1 ]; then
+   [ "$DOMAIN" = telecom ] ||
+      fail "DOMAIN=$DOMAIN has no scripted teacher: write $TRACES first, with teacher_traces.py --domain $DOMAIN --from-hub or --teacher-llm"
    write_tasks
    "$PYTHON" "$EXAMPLE/teacher_traces.py" --local_dir "$DATA_DIR" --prompt "$PROMPT"
 fi

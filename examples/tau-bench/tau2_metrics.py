@@ -22,6 +22,7 @@ import numpy as np
 CONFIDENCE = 0.95
 DRAWS = 10_000
 AT_ONCE = 500  # draws in memory together
+MANY_CHANGES = 4  # so many and more are one group
 POWER_Z = 0.84  # of 80 % power: the 0.80 quantile of the normal distribution
 
 
@@ -141,12 +142,22 @@ def _group(rows: list[dict]) -> dict[str, Any]:
 
 
 def breakdowns(rows: Sequence[dict]) -> dict[str, Any]:
-    """by_issue_type, by_sub_issues (how many faults a task combines), by_persona (the last two for telecom)."""
+    """by_issue_type; for telecom by_sub_issues (how many faults a task combines) and by_persona, for the other domains
+    by_changes (how many gold actions change something)."""
     return {
         "by_issue_type": grouped(rows, lambda row: row["issue_type"]),
         "by_sub_issues": grouped(rows, lambda row: str(len(sub_issues(row["task_id"]))) if persona_of(row) else None),
         "by_persona": grouped(rows, persona_of),
+        "by_changes": grouped(rows, changes),
     }
+
+
+def changes(row: dict) -> str | None:
+    """Of a task that does not list its faults in its id: the number of gold actions besides look-ups."""
+    if sub_issues(row["task_id"]) or "checks" not in row:
+        return None
+    count = sum(not check.get("look_up") for check in row["checks"]["action_checks"])
+    return str(count) if count < MANY_CHANGES else f"{MANY_CHANGES}+"
 
 
 def persona_of(row: dict) -> str | None:

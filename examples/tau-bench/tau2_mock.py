@@ -8,7 +8,8 @@ writes telecom_train_tasks.jsonl (74 rows) and telecom_test_tasks.jsonl (40 rows
 
 where `index` counts the rows of its file in tau2's own order and `task` is the whole tau2 task. `--domain` and
 `--splits` give other domains and splits, `--splits pool` the training pool: telecom's `full` tasks that are not in
-`base` (the official train and test tasks) and are no near-duplicates of a test task.
+`base` (the official train and test tasks) and are no near-duplicates of a test task. Retail and airline have no tasks
+outside `base`, hence no pool.
 
 What near means. A telecom task is an issue type and a set of faults to repair, drawn from fourteen (no two of the
 2285 tasks have the same set). Variants of one fault (which of the two roaming switches is off, which app permission
@@ -32,7 +33,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tau2_episode import BadInput, issue_type, load_split_ids, load_tasks
+from tau2_episode import BadInput, issue_type, load_split_ids, load_tasks, task_type
 
 POOL = "pool"
 POOL_DOMAIN = "telecom"
@@ -164,13 +165,22 @@ def tasks_of(domain: str, split: str, min_distance: int) -> list[Any]:
     if split != POOL:
         return load_tasks(domain, split)
     if domain != POOL_DOMAIN:
-        raise BadInput(f"the split 'pool' exists for the domain {POOL_DOMAIN!r} only, not for {domain!r}")
+        raise BadInput(no_pool(domain))
     return load_pool(min_distance)
+
+
+def no_pool(domain: str) -> str:
+    """Why there is none."""
+    return (
+        f"the split 'pool' exists for the domain {POOL_DOMAIN!r} only: {domain!r} has no tasks outside its base split"
+    )
 
 
 def check_splits(domain: str, splits: list[str]) -> None:
     """Raises BadInput on an unknown domain or split, before anything is written."""
     valid = [*load_split_ids(domain), *([POOL] if domain == POOL_DOMAIN else [])]
+    if POOL in splits and POOL not in valid:
+        raise BadInput(no_pool(domain))
     unknown = [split for split in splits if split not in valid]
     if unknown:
         raise BadInput(f"unknown split {unknown[0]!r} of domain {domain!r}; choose from: {', '.join(valid)}")
@@ -199,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
             tasks = tasks_of(args.domain, split, args.min_distance)
             path = args.local_dir / f"{args.domain}_{split}_tasks.jsonl"
             write_jsonl(path, make_rows(args.domain, split, tasks))
-            kinds = Counter(issue_type(task.id) for task in tasks)
+            kinds = Counter(task_type(task, args.domain) for task in tasks)
             print(f"{path}: {len(tasks)} tasks ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})")
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)

@@ -160,6 +160,7 @@ class Result(Loose):
     by_issue_type: dict[str, Group] = {}
     by_sub_issues: dict[str, Group] = {}
     by_persona: dict[str, Group] = {}
+    by_changes: dict[str, Group] = {}
     floor_always_transfer: float | None = None
     customer: dict[str, Any] = {}
     prompt: Any = None
@@ -463,6 +464,7 @@ def result_figures(runs: list[Run]) -> list[dict[str, Any]]:
         group_figure(runs, "by_issue_type", "pass@1 by issue type", "issue type"),
         group_figure(runs, "by_sub_issues", "pass@1 by number of sub-issues", "faults to find in one task"),
         group_figure(runs, "by_persona", "pass@1 by persona", "the customer's persona"),
+        group_figure(runs, "by_changes", "pass@1 by number of changes", "gold actions that change something"),
         end_reason_figure(runs),
     ]
     return [figure for figure in found if figure]

@@ -14,7 +14,9 @@
 
 where `partial` (0..1) is the share of the task's checks that are met, weighted .7 action, .1 communicate, .2 assertion
 and renormalised over the kinds of checks that the task has. Telecom has no communicate checks: .778 action, .222
-assertion.
+assertion. Retail and airline have no assertions: .875 action, .125 communicate, or all of the one that there is. Gold
+actions that only look something up are left out (telecom has none): another order of look-ups is as good, and tau2's
+reward there, the final database and what was said, does not ask for them.
 
 What partial credit is not: an assertion that holds before anybody did anything (a transfer task's) gives its share for
 nothing. It does so for every sample of the group alike, and the group's mean takes it out again. Action checks give
@@ -59,22 +61,29 @@ SPREAD = 1e-6  # a smaller difference of rewards is none
 
 
 def partial_score(checks: dict | None, matching: str = "sound") -> float:
-    """Weighted share of met checks, 0..1; 0.0 when there are none (also after an infrastructure failure).
+    """Weighted share of met checks, 0..1; 0.0 when there are none after an infrastructure failure.
+
+    Where the task itself has none (nothing is to be changed or said), 1.0 for a dialogue that ended with the database
+    as it was.
 
     checks: an episode's `checks` (see tau2_episode). matching: "sound", or "official" for tau2's own action matcher.
     """
     if matching not in MATCHINGS:
         raise ValueError(f"unknown matching {matching!r}; choose one of: {', '.join(MATCHINGS)}")
     checks = checks or {}
-    given_up = matching == "sound" and checks.get("given_up", False)
+    sound = matching == "sound"
+    given_up = sound and checks.get("given_up", False)
+    actions = [check for check in checks.get("action_checks") or [] if not (sound and check.get("look_up"))]
     met = {
-        "action": [check[matching] and not given_up for check in checks.get("action_checks") or []],
+        "action": [check[matching] and not given_up for check in actions],
         "communicate": [check["met"] for check in checks.get("communicate_checks") or []],
         "assertion": [check["met"] for check in checks.get("env_assertions") or []],
     }
     present = {kind: sum(values) / len(values) for kind, values in met.items() if values}
     total = sum(WEIGHTS[kind] for kind in present)
-    return sum(WEIGHTS[kind] * share for kind, share in present.items()) / total if present else 0.0
+    if not present:
+        return float(checks.get("db_match") is True)
+    return sum(WEIGHTS[kind] * share for kind, share in present.items()) / total
 
 
 def shaped_reward(reward: float, checks: dict | None, alpha: float = ALPHA, matching: str = "sound") -> float:

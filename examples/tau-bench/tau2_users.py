@@ -1,4 +1,5 @@
-"""The customer of an episode: scripted (no key, no model), or any LLM through tau2's own user simulator.
+"""The customer of an episode: scripted (telecom) or recited (retail, airline; tau2_recited.py), both without a model
+and a key, or any LLM through tau2's own user simulator.
 
 The scripted customer sees its task's scenario and its own phone, nothing else. It maps ordinary wordings of an
 instruction to the phone's tools, reports tersely what the tools say, and ends the call when its own problem is solved
@@ -16,10 +17,16 @@ from typing import Any
 
 from tau2_llm_customer import CONCURRENCY, DEFAULT_MODEL, LLMCustomer, UnusableCustomer
 from tau2_moods import Mood, make_mood, problem_with
+from tau2_recited import RecitedCustomer
 
 STOP, TRANSFER, OUT_OF_SCOPE = "###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###"
 SCRIPTED_VERSION = "1"
 PATIENCE = 3  # messages without anything to do, or repeats of one request with one answer, before hanging up
+
+
+def has_model(user: str) -> bool:
+    """Whether a language model plays this customer."""
+    return user not in ("scripted", "recited")
 
 
 def customer_name(user: str) -> str:
@@ -27,15 +34,17 @@ def customer_name(user: str) -> str:
     return DEFAULT_MODEL if user == "llm" else user
 
 
-def check_scripted(user: str, user_args: dict[str, Any]) -> None:
-    """Raises UnusableCustomer for settings that the scripted customer does not have."""
+def check_settings(user: str, user_args: dict[str, Any]) -> None:
+    """Raises UnusableCustomer for settings that a customer without a model does not have."""
+    if user == "recited" and user_args:
+        raise UnusableCustomer(f"the recited customer has no settings: {', '.join(user_args)} cannot be set")
     if problem := problem_with(user_args):
         raise UnusableCustomer(problem)
 
 
 def repeats_itself(user: str, user_args: dict[str, Any]) -> bool:
     """Whether the customer is the same with every seed."""
-    return user == "scripted" and user_args.get("mood", "plain") == "plain"
+    return not has_model(user) and user_args.get("mood", "plain") == "plain"
 
 
 def make_customer(
@@ -46,9 +55,11 @@ def make_customer(
     seed: int,
     concurrency: int = CONCURRENCY,
 ) -> Any:
-    """The customer named by `user`: "scripted", "llm" or a litellm model name; `tools()` gives its phone's."""
+    """The customer named by `user`: "scripted", "recited", "llm" or a litellm model; `tools()` gives its phone's."""
     if user == "scripted":
         return ScriptedCustomer(task.user_scenario, make_mood(user_args.get("mood", "plain"), task.id, seed))
+    if user == "recited":
+        return RecitedCustomer(task.user_scenario)
     return LLMCustomer(customer_name(user), user_args, str(task.user_scenario), tools(), seed, concurrency)
 
 

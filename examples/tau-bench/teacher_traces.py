@@ -12,6 +12,12 @@ tau2's fixed greeting and the teacher's slips (--slip) carry "step_loss_mask": 0
 customer is --user-args '{"mood": "mixed"}' (tau2_moods.py), a teacher that does not always say the same --wordings 4.
 The same flags give the same bytes.
 
+    --teacher-llm NAME --teacher-base-url http://127.0.0.1:8000/v1 [--teacher-llm-args JSON]
+
+lets a model behind a chat-completions endpoint be the teacher, with tau2's own prompt, in every domain (retail and
+airline have no scripted one). Finished episodes are on disk at once: the same command goes on where it stopped. Its
+key comes from the environment (OPENAI_API_KEY, or what --teacher-key-env names).
+
     --from-hub-file blended_traces_v4.jsonl    (or --from-hub, where the hub can be reached)
 
 converts the original example's data set instead. Its assistant turns are `<thinking>...</thinking>` and one JSON
@@ -40,6 +46,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import chat_agent
+from http_client import close_session
 from tau2_episode import (
     PROMPTS,
     BadInput,
@@ -48,6 +56,7 @@ from tau2_episode import (
     agent_tools,
     check_customer,
     check_customer_key,
+    is_telecom,
     issue_type,
     load_split_ids,
     run_episode,
@@ -56,6 +65,7 @@ from tau2_episode import (
 from tau2_metrics import sub_issues
 from tau2_mock import check_folder, read_jsonl, read_task_rows, write_jsonl
 from tau2_teacher import STYLES, WORDINGS, ScriptedTeacher
+from tau2_users import has_model
 
 HUB_REPO = "Jarrodbarnes/tau2-sft-v4-dataset"
 HUB_FILE = "blended_traces_v4.jsonl"
@@ -122,22 +132,64 @@ async def run_teacher(
         return journal.done[number]
 
     with Progress(len(draws)) as progress:
-        return await asyncio.gather(*(run(number, source) for number, source in enumerate(draws)))
+        try:
+            return await asyncio.gather(*(run(number, source) for number, source in enumerate(draws)))
+        finally:
+            await close_session()
 
 
 async def run_one(args: argparse.Namespace, config: EpisodeConfig, source: dict, seed: int) -> tuple[Outcome, bool]:
     """(outcome, whether it is the episode's own and not the machinery's). The teacher's slips are marked
     "step_loss_mask": 0 in the row."""
     for _ in range(TRIES):
-        wording = draw_wording(source["task"]["id"], seed, args.wordings)
-        teacher = ScriptedTeacher(args.style, args.slip, seed, wording)
+        teacher = make_teacher(args, source, seed)
         episode = await run_episode(source["task"], teacher, config, seed)
         if not episode.end_reason.is_infrastructure:
             break
     turns = [message for message in episode.messages[2:] if message["role"] == "assistant"]
-    for turn in (turn for turn in teacher.slips if turn < len(turns)):
+    for turn in (turn for turn in getattr(teacher, "slips", []) if turn < len(turns)):
         turns[turn]["step_loss_mask"] = 0
-    return _outcome(episode, source, config), not episode.end_reason.is_infrastructure
+    outcome = _outcome(episode, source, config)
+    if args.agent_llm and outcome["row"]:
+        outcome["row"]["metadata"]["teacher"] = args.agent_llm
+    return outcome, not episode.end_reason.is_infrastructure
+
+
+def make_teacher(args: argparse.Namespace, source: dict, seed: int) -> Any:
+    """The teacher of one episode; a model that samples is seeded by task and episode."""
+    if not args.agent_llm:
+        wording = draw_wording(source["task"]["id"], seed, args.wordings)
+        return ScriptedTeacher(args.style, args.slip, seed, wording)
+    make, _ = chat_agent.make_chat_agents(args, "teacher")
+    return make(source["task"]["id"], seed)
+
+
+def check_teacher(args: argparse.Namespace, sources: list[dict]) -> None:
+    """Raises BadInput for a teacher that the domain has not, flags that it has no use for, tasks of another domain."""
+    load_split_ids(args.domain)  # an unknown domain is the first thing to tell
+    other = [source["domain"] for source in sources if source.get("domain") not in (None, args.domain)]
+    if other:
+        raise BadInput(f"the tasks are of the domain {other[0]!r}: give --domain {other[0]}, or other --tasks")
+    if not is_telecom(args.domain):
+        if not args.agent_llm:
+            raise BadInput(
+                f"the scripted teacher follows telecom's policy only; for {args.domain!r} give --teacher-llm NAME "
+                "with --teacher-base-url URL, or --from-hub"
+            )
+        if args.mix:
+            raise BadInput("--mix draws telecom's issue types only")
+    if args.agent_llm and (args.slip or args.style != STYLES[0] or args.wordings > 1):
+        raise BadInput("--style, --slip and --wordings belong to the scripted teacher, not to --teacher-llm")
+    if args.agent_llm or args.agent_base_url:
+        chat_agent.make_endpoint(args, "teacher")
+
+
+def teacher_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What tells a model as teacher from another; nothing for the scripted one."""
+    if not args.agent_llm:
+        return {}
+    own = {name: getattr(args, name) for name in ("temperature", "max_turn_tokens")}
+    return {"teacher": {**chat_agent.identity(args), **own}}
 
 
 def draw_wording(task_id: str, seed: int, count: int) -> int:
@@ -155,10 +207,10 @@ def _outcome(episode: Episode, source: dict, config: EpisodeConfig) -> Outcome:
 
 
 class Journal:
-    """OUTPUT.partial: with a customer that costs money, the outcome of every finished episode is on disk at once, and
-    the same command goes on where an interrupted one stopped. Removed by `remove`, when the rows are written.
+    """OUTPUT.partial: with a customer or a teacher that costs money, the outcome of every finished episode is on disk
+    at once, and the same command goes on where an interrupted one stopped. Removed when the rows are written.
 
-    `path` None (the scripted customer) keeps nothing. Raises BadInput when the file belongs to other settings or to a
+    `path` None (nobody is a model) keeps nothing. Raises BadInput when the file belongs to other settings or to a
     run that is under way; a torn last line counts as not written.
     """
 
@@ -262,17 +314,21 @@ def refuse_test_tasks(domain: str, rows: list[dict]) -> None:
 
 def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal]:
     """SFT rows of solved episodes, how many were dropped for which reason, and the journal to remove at the end."""
+    sources = [row for path in args.tasks for row in read_task_rows(path)]
+    check_teacher(args, sources)
     config = EpisodeConfig(args.domain, args.prompt, args.user, args.user_args, redraw_ids=args.redraw_ids)
     config.validate()
-    sources = [row for path in args.tasks for row in read_task_rows(path)]
     refuse_test_tasks(args.domain, sources)
     check_customer_key(config)
     check_customer(config)
+    if args.agent_llm:
+        asyncio.run(chat_agent.check_endpoint(chat_agent.make_endpoint(args, "teacher")))
     draws = draw_tasks(sources, args.num_traces or args.epochs * len(sources), args.mix, args.seed)
     names = "domain prompt user user_args redraw_ids style slip wordings seed"
     chosen = {name: getattr(args, name) for name in names.split()}
-    path = None if config.user == "scripted" else args.output.with_name(f"{args.output.name}.partial")
-    journal = Journal(path, {**chosen, "tasks": [draw["task"]["id"] for draw in draws]})
+    costs = has_model(config.user) or args.agent_llm
+    path = args.output.with_name(f"{args.output.name}.partial") if costs else None
+    journal = Journal(path, {**chosen, **teacher_settings(args), "tasks": [draw["task"]["id"] for draw in draws]})
     outcomes = asyncio.run(run_teacher(args, config, draws, journal))
     dropped = Counter(outcome["dropped"] for outcome in outcomes if outcome["row"] is None)
     return [outcome["row"] for outcome in outcomes if outcome["row"] is not None], dropped, journal
@@ -523,7 +579,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, help="file for the rows (default: LOCAL_DIR/teacher_traces.jsonl)")
     add("--domain", default="telecom")
     add("--prompt", choices=PROMPTS, default="official", help="system prompt profile (default: official)")
-    add("--tasks", type=Path, nargs="+", help="files of tau2_mock.py (default: LOCAL_DIR/telecom_train_tasks.jsonl)")
+    add("--tasks", type=Path, nargs="+", help="files of tau2_mock.py (default: LOCAL_DIR/DOMAIN_train_tasks.jsonl)")
     add("--num-traces", type=positive, help="episodes to run; those that fail are dropped (default: EPOCHS x tasks)")
     add("--epochs", type=positive, default=1, help="episodes per task (default: 1)")
     add(
@@ -540,9 +596,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--redraw-ids", action="store_true", help="draw names, phone numbers and ids anew in each episode")
     add("--seed", type=int, default=0)
-    add("--user", default="scripted", help="scripted, llm, or a litellm model name (default: scripted)")
+    add("--user", default="scripted", help="scripted, recited, llm, or a litellm model (default: scripted)")
     add("--user-args", type=json_object, default={}, help='JSON object: {"mood": "mixed"}, or litellm arguments')
     add("--max-concurrency", type=positive, default=16, help="episodes at a time (default: 16)")
+    chat_agent.add_flags(parser, json_object, "teacher")
+    add("--temperature", type=float, default=0.0, help="of --teacher-llm (default: 0)")
+    add("--max-turn-tokens", type=positive, default=1024, help="of a turn of --teacher-llm (default: 1024)")
     hub = parser.add_mutually_exclusive_group()
     hub.add_argument("--from-hub-file", type=Path, help=f"convert this copy of {HUB_FILE}")
     hub.add_argument("--from-hub", action="store_true", help=f"convert {HUB_REPO} from the hub")
@@ -551,6 +610,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tokenizer", type=Path, help="rollouts: HF folder of the model; turns with other ids are not trained")
     add("--keep-thinking", action="store_true", help="hub rows: keep the thoughts, as reasoning_content")
     args = parser.parse_args(argv)
+    args.max_context_len = None  # the endpoint's own
     args.tasks = args.tasks or [args.local_dir / f"{args.domain}_train_tasks.jsonl"]
     name = "rollout_traces.jsonl" if args.from_rollouts else "teacher_traces.jsonl"
     args.output = args.output or args.local_dir / name
