@@ -1,4 +1,4 @@
-"""The layers of one engine step in one call of `kernels.c`: new tokens of all requests over their kept keys and values.
+"""The layers of one engine step in one call of `kernels.c`: new tokens of all requests over what they have kept.
 
     decoder = CompiledDecoder(model)             # fp32 on a CPU; `fits(model)` says whether it can
     x = decoder(x, cos, sin, kept, starts, lengths, plan)
