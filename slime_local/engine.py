@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slime_local import kernels
 from slime_local.compiled_decoder import CompiledDecoder, fits
 from slime_local.kept_attention import KeptAttention
 from slime_local.model import Transformer
@@ -478,6 +479,9 @@ def sample(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) 
     As in SGLang, a log-prob is that of softmax(logits / temperature) before top-p and top-k; temperature 0 is greedy
     and reports softmax(logits).
     """
+    whole = all(p.top_k <= 0 and p.top_p == 1 for p in params)
+    if whole and kernels.available(logits.dtype, logits.device):
+        return kernels.sample(logits, [p.temperature for p in params], uniforms)
     scale = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)
     logprobs = torch.log_softmax(logits / scale[:, None], dim=-1)
     ids = logits.argmax(dim=-1)

@@ -260,6 +260,40 @@ static void attend(const Model *model, const Step *step, int64_t layer) {
         for (int64_t head = 0; head < model->kv_heads * model->group; head++) join_row(model, step, row, head);
 }
 
+/* ---- sampling --------------------------------------------------------------------------------------------------- */
+
+/* exp((logit - most) / temperature) summed up over the block that starts at `from`. */
+static float weight_of(const float *logits, int64_t from, int64_t n, float most, float temperature) {
+    float sum = 0;
+    int64_t end = from + KEYS < n ? from + KEYS : n;
+    for (int64_t i = from; i < end; i++) sum += exponential((logits[i] - most) / temperature);
+    return sum;
+}
+
+/* `sample` of engine.py without top-p and top-k: ids and log-probs of m rows of n logits, one uniform number each. */
+void sample(const float *logits, int64_t m, int64_t n, const float *temperatures, const double *uniforms, int64_t *ids,
+            float *logprobs, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t r = 0; r < m; r++) {
+        const float *row = logits + r * n, temperature = temperatures[r] > 0 ? temperatures[r] : 1;
+        float most = row[0];
+        double total = 0, passed = 0, target;
+        for (int64_t i = 1; i < n; i++) most = row[i] > most ? row[i] : most;
+        for (int64_t from = 0; from < n; from += KEYS) total += weight_of(row, from, n, most, temperature);
+        int64_t id = 0, block = 0;
+        if (temperatures[r] > 0) { /* the inverse of the cumulated weights: first the block, then the token in it */
+            target = uniforms[r] * total;
+            for (double weight; block + KEYS < n; block += KEYS, passed += weight)
+                if (passed + (weight = weight_of(row, block, n, most, temperature)) > target) break;
+            for (id = block; id < n - 1; id++)
+                if ((passed += exponential((row[id] - most) / temperature)) > target) break;
+        } else
+            while (id < n - 1 && row[id] != most) id++;
+        ids[r] = id;
+        logprobs[r] = (row[id] - most) / temperature - log(total);
+    }
+}
+
 /* ---- the decoder ------------------------------------------------------------------------------------------------ */
 
 /* The residual stream step->x [rows][H] through all layers, in place; keys and values of the rows are kept. */

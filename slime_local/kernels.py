@@ -128,3 +128,17 @@ def product(x: Tensor, weight: Tensor, n_out: int, bias: Tensor | None = None) -
     sizes = [ctypes.c_int64(size) for size in (x.numel() // n_in, n_out, n_in, torch.get_num_threads())]
     library().product(*pointers, *sizes)
     return y
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------------
+
+
+def sample(logits: Tensor, temperatures: list[float], uniforms: list[float]) -> tuple[list[int], list[float]]:
+    """Next tokens [N] from logits [N, V] with one uniform number each, and their log-probs, as `engine.sample`."""
+    logits = logits.contiguous()
+    ids, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    inputs = torch.tensor(temperatures, dtype=torch.float32), torch.tensor(uniforms, dtype=torch.float64)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*inputs, ids, logprobs)]
+    rows, columns, threads = map(ctypes.c_int64, (*logits.shape, torch.get_num_threads()))
+    library().sample(ctypes.c_void_p(logits.data_ptr()), rows, columns, *pointers, threads)
+    return ids.tolist(), logprobs.tolist()

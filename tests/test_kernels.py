@@ -136,6 +136,29 @@ def test_new_weights_are_used(monkeypatch):
     torch.testing.assert_close(after, torchs_layers(model, *step), atol=1e-4, rtol=1e-4)
 
 
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.sampled_from([1, 2, 255, 256, 257, 1000]),
+    rows=st.lists(
+        st.tuples(st.sampled_from([0.0, 0.3, 1.0, 2.5]), st.floats(0, 1, exclude_max=True)), min_size=1, max_size=5
+    ),
+    spread=st.sampled_from([0.0, 1.0, 30.0]),
+)
+def test_sampling_is_torchs(n, rows, spread):
+    logits = torch.randn(len(rows), n) * spread
+    temperatures, uniforms = zip(*rows, strict=True)
+    ids, logprobs = kernels.sample(logits, temperatures, uniforms)
+    for row, (id_, temperature, uniform) in enumerate(zip(ids, temperatures, uniforms, strict=True)):
+        expected = torch.log_softmax(logits[row].double() / (temperature or 1), -1)
+        assert logprobs[row] == pytest.approx(expected[id_].item(), abs=1e-4)
+        if temperature == 0:
+            assert id_ == logits[row].argmax()
+        else:  # the token whose share of the cumulated probabilities holds the uniform number
+            cumulated = expected.exp().cumsum(-1)
+            assert (cumulated[id_ - 1] if id_ else 0) - 1e-5 <= uniform <= cumulated[id_] + 1e-5
+
+
 def test_what_does_not_fit_is_left_to_torch(monkeypatch):
     assert not fits(random_model("llama", 1, 24))  # not a multiple of 16
     assert not kernels.available(torch.bfloat16, CPU)
