@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slime_local import kernels
+from slime_local.compiled_decoder import CompiledDecoder, fits
 from slime_local.kept_attention import KeptAttention
 from slime_local.model import Transformer
 from slime_local.prefixes import common_prefix, decode_plan
@@ -167,6 +169,7 @@ class Engine:
         empty = torch.empty(shape, dtype=model.compute_dtype, device=model.device)
         self.slots = [Slot(i, empty) for i in range(max_running)]
         self.cos, self.sin = model.rope(torch.arange(self.max_context, device=model.device))
+        self.compiled = CompiledDecoder(model) if fits(model) else None
         self.rng = np.random.default_rng(seed)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -361,16 +364,19 @@ class Engine:
         for (request, _), start, length in zip(batch, starts, lengths, strict=True):
             request.slot.reserve(start + length)
         plan = decode_plan([request.slot.tokens for request, chunk in batch if len(chunk) == 1])
-        attention = KeptAttention([request.slot.kv for request, _ in batch], starts, lengths, plan)
+        step = [request.slot.kv for request, _ in batch], starts, lengths, plan
         tokens = torch.tensor([t for _, chunk in batch for t in chunk], device=device)
         spans = zip(starts, lengths, strict=True)
         positions = torch.tensor([i for start, n in spans for i in range(start, start + n)], device=device)
         cos, sin = self.cos[positions], self.sin[positions]
+        last = torch.tensor(lengths, device=device).cumsum(0) - 1
         x = model.embed(tokens)
+        if self.compiled is not None:
+            return model.final_norm(self.compiled(x, cos, sin, *step)[last])
+        attention = KeptAttention(*step)
         for index, layer in enumerate(model.decoder.layers):
             attended = attention(index, *layer.self_attention.qkv(x, cos, sin))
             if index + 1 == len(model.decoder.layers):  # only the last position of each request is needed from here
-                last = torch.tensor(lengths, device=device).cumsum(0) - 1
                 x, attended = x[last], attended[last]
             x = layer.finish(x, attended)
         return model.final_norm(x)
@@ -473,6 +479,9 @@ def sample(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) 
     As in SGLang, a log-prob is that of softmax(logits / temperature) before top-p and top-k; temperature 0 is greedy
     and reports softmax(logits).
     """
+    whole = all(p.top_k <= 0 and p.top_p == 1 for p in params)
+    if whole and kernels.available(logits.dtype, logits.device):
+        return kernels.sample(logits, [p.temperature for p in params], uniforms)
     scale = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)
     logprobs = torch.log_softmax(logits / scale[:, None], dim=-1)
     ids = logits.argmax(dim=-1)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from slime_local import kernels
 from slime_local.engine import Engine, RequestError, SamplingParams, sample
 from slime_local.model import load_model
 from slime_local.prefixes import common_prefix
@@ -30,8 +31,9 @@ def model(tiny_model_dir):
     return load_model(tiny_model_dir, torch.float32, "cpu").requires_grad_(False)
 
 
-@pytest.fixture
-def engine(model, tokenizer):
+@pytest.fixture(params=["compiled", "torch"])
+def engine(request, monkeypatch, model, tokenizer):
+    monkeypatch.setenv(kernels.SWITCH, "0" if request.param == "torch" else "1")
     engine = Engine(model, tokenizer, max_context=256, max_running=4)
     yield engine
     engine.close()

@@ -1,0 +1,144 @@
+"""Builds and loads `kernels.c`: matrix products and the decoder in fp32 on a CPU, several times faster than torch's.
+
+    SLIME_LOCAL_KERNELS=0 python train.py ...        # without: everything is computed by torch
+
+The C compiler of the machine (`cc`, or $CC) compiles it at first use, in two seconds, into a cache folder of the user.
+Without a compiler, or where something else does not fit, torch computes, and one line in the log says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.c")
+COMPILE = ("-std=gnu11", "-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-c")
+SWITCH = "SLIME_LOCAL_KERNELS"
+
+
+class NoKernels(Exception):
+    """Why there are none."""
+
+
+def available(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.float32 and device.type == "cpu" and os.environ.get(SWITCH) != "0" and library() is not None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, compiled now unless it is in the cache; None, said in the log, where that fails."""
+    try:
+        openmp = _torchs_openmp()
+        built = _built(shutil.which(os.environ.get("CC", "cc")))
+        # The library has no OpenMP runtime of its own: two pools of threads on the same cores slow each other down.
+        ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
+        loaded = ctypes.CDLL(str(built))
+    except (NoKernels, OSError, subprocess.SubprocessError) as error:
+        logger.warning("computing without compiled kernels, several times slower: %s", error)
+        return None
+    loaded.panel_width.restype = loaded.part_keys.restype = ctypes.c_int64
+    return loaded
+
+
+def _torchs_openmp() -> str:
+    """Path of the OpenMP library that torch has loaded into this process."""
+    maps = Path("/proc/self/maps")
+    found = re.search(r"/\S*/lib(gomp|omp|iomp5)[^/\s]*\.so[^/\s]*$", maps.read_text() if maps.exists() else "", re.M)
+    if found is None:
+        raise NoKernels("torch has no OpenMP library loaded")
+    return found[0]
+
+
+def _built(compiler: str | None) -> Path:
+    """The compiled library in the cache: named by source, flags, compiler and CPU, and put there in one piece."""
+    if compiler is None:
+        raise NoKernels("no C compiler (install gcc, or name one in CC)")
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    facts = (SOURCE.read_bytes(), repr(COMPILE).encode(), compiler.encode(), version, _cpu().encode())
+    folder = _cache_folder()
+    path = folder / f"kernels-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:24]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            compiled, linked = Path(work) / "kernels.o", Path(work) / "kernels.so"
+            _run(compiler, *COMPILE, str(SOURCE), "-o", str(compiled))
+            # Linked without the flags: -fopenmp would bring a second runtime, -ffast-math another rounding for all.
+            _run(compiler, "-shared", str(compiled), "-lm", "-o", str(linked))
+            os.replace(linked, path)
+    return path
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode != 0:
+        raise NoKernels(f"{command[0]} fails: {(done.stderr.strip().splitlines() or ['it says nothing'])[0]}")
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(names)}))
+
+
+def _cache_folder() -> Path:
+    """A folder that nobody else can write to: what lies there is loaded as code."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "slime_local"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NoKernels(f"{folder} belongs to another user or can be written by others: remove it")
+    return folder
+
+
+# ---- products ----------------------------------------------------------------------------------------------------
+
+
+def panels(weight: Tensor) -> Tensor:
+    """A weight [n_out, n_in] as `product` reads it: [panels, n_in, width], neighbouring outputs side by side."""
+    n_out, n_in = weight.shape
+    width = library().panel_width()
+    if n_out % width:
+        weight = torch.cat((weight, weight.new_zeros(width - n_out % width, n_in)))
+    return weight.view(-1, width, n_in).transpose(1, 2).contiguous()
+
+
+def product(x: Tensor, weight: Tensor, n_out: int, bias: Tensor | None = None) -> Tensor:
+    """x [..., n_in] times a weight [n_out, n_in], given as its panels -> [..., n_out]."""
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], n_out)
+    n_in = x.shape[-1]
+    operands = (x, weight, None if bias is None else bias.contiguous(), y)
+    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in operands]
+    sizes = [ctypes.c_int64(size) for size in (x.numel() // n_in, n_out, n_in, torch.get_num_threads())]
+    library().product(*pointers, *sizes)
+    return y
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------------
+
+
+def sample(logits: Tensor, temperatures: list[float], uniforms: list[float]) -> tuple[list[int], list[float]]:
+    """Next tokens [N] from logits [N, V] with one uniform number each, and their log-probs, as `engine.sample`."""
+    logits = logits.contiguous()
+    ids, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    inputs = torch.tensor(temperatures, dtype=torch.float32), torch.tensor(uniforms, dtype=torch.float64)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*inputs, ids, logprobs)]
+    rows, columns, threads = map(ctypes.c_int64, (*logits.shape, torch.get_num_threads()))
+    library().sample(ctypes.c_void_p(logits.data_ptr()), rows, columns, *pointers, threads)
+    return ids.tolist(), logprobs.tolist()

@@ -1,0 +1,237 @@
+"""The compiled kernels beside torch: products, the decoder over any step, and what happens without them."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+from slime_local import compiled_decoder, kernels
+from slime_local.compiled_decoder import CompiledDecoder, fits
+from slime_local.kept_attention import KeptAttention
+from slime_local.model import Transformer
+from slime_local.prefixes import decode_plan
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+
+
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch):
+    monkeypatch.delenv(kernels.SWITCH, raising=False)
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(m=st.integers(0, 40), n_out=st.integers(1, 100), n_in=st.integers(1, 70), bias=st.booleans())
+def test_products_are_torchs(m, n_out, n_in, bias):
+    x, weight = torch.randn(m, n_in), torch.randn(n_out, n_in)
+    added = torch.randn(n_out) if bias else None
+    found = kernels.product(x, kernels.panels(weight), n_out, added)
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, added), atol=1e-4, rtol=1e-4)
+
+
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def random_model(family: str, group: int, dim: int) -> Transformer:
+    shape = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "vocab_size": 50, "head_dim": dim}
+    shape |= {"num_attention_heads": 2 * group, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config = CONFIGS[family](**shape, max_position_embeddings=4096)
+    config.head_dim = dim
+    model = Transformer(config).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+def torchs_layers(model, x, cos, sin, *step):
+    attention = KeptAttention(*step)
+    for index, layer in enumerate(model.decoder.layers):
+        x = layer.finish(x, attention(index, *layer.self_attention.qkv(x, cos, sin)))
+    return x
+
+
+def both(model, monkeypatch, sequences, appends):
+    """(kernels', torch's) residual streams and kept tensors: a token each after `sequences`, and `appends`, pairs of
+    tokens kept and tokens added."""
+    starts = [*map(len, sequences), *(start for start, _ in appends)]
+    lengths = [1] * len(sequences) + [length for _, length in appends]
+    dim, rows = model.decoder.layers[0].self_attention.head_dim, sum(lengths)
+    table = torch.randn(3, max(starts) + 1, 2, 2, 2, dim)  # of a token at a position, in two layers
+    kept = []
+    for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        tokens = torch.tensor(sequences[index] if index < len(sequences) else [0] * start, dtype=torch.long)
+        kv = torch.full((2, 2, 2, start + length + 3, dim), float("nan"))  # what was not written must not be read
+        kv[..., :start, :] = table[tokens, torch.arange(start)].permute(1, 2, 3, 0, 4)
+        kept.append(kv)
+    positions = torch.tensor([i for s, n in zip(starts, lengths, strict=True) for i in range(s, s + n)])
+    cos, sin = model.rope(positions)
+    x, plan, found = torch.randn(rows, model.config.hidden_size), decode_plan(sequences), []
+    for switch, layers in (("1", CompiledDecoder(model)), ("0", lambda *step: torchs_layers(model, *step))):
+        monkeypatch.setenv(kernels.SWITCH, switch)
+        caches = [kv.clone() for kv in kept]
+        out = layers(x.clone(), cos, sin, caches, starts, lengths, plan)
+        written = [kv[..., : s + n, :] for kv, s, n in zip(caches, starts, lengths, strict=True)]
+        found.append([out, *written])
+    return found
+
+
+# Few different tokens, so that prefixes are shared in many ways.
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=8).map(sorted)
+APPENDS = st.lists(st.tuples(st.integers(0, 40), st.integers(2, 40)), max_size=3)
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    sequences=SEQUENCES,
+    appends=APPENDS,
+    spared=st.sampled_from([1, 3, 100]),
+    family=st.sampled_from(list(CONFIGS)),
+    group=st.integers(1, 4),
+    dim=st.sampled_from([16, 48, 64, 80, 128]),
+)
+def test_any_step_is_torchs(sequences, appends, spared, family, group, dim):
+    if sequences or appends:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("slime_local.prefixes.MIN_SPARED_TOKENS", spared)
+            ours, torchs = both(random_model(family, group, dim), patch, sequences, appends)
+        for found, expected in zip(ours, torchs, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+def test_long_contexts_and_long_appends(monkeypatch, threads):
+    """More keys and more rows than a part has; prefixes shared by some of the rows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        system = [i % 3 for i in range(500)]
+        sequences = sorted([*([*system, 0, *[i % 3] * 300] for i in range(5)), [1] * 700, [2] * 255, [2] * 256])
+        ours, torchs = both(random_model("llama", 3, 64), monkeypatch, sequences, [(0, 600), (700, 300), (255, 65)])
+    finally:
+        torch.set_num_threads(before)
+    for found, expected in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+@needs_compiler
+def test_new_weights_are_used(monkeypatch):
+    model = random_model("qwen3", 2, 16)
+    decoder = CompiledDecoder(model)
+    step = torch.randn(1, 48), *model.rope(torch.arange(1)), [torch.randn(2, 2, 2, 8, 16)], [0], [1], decode_plan([[]])
+    before = decoder(step[0].clone(), *step[1:])
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.3  # as the trainer swaps in its reference
+    model.weights_changed()
+    after = decoder(step[0].clone(), *step[1:])
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, torchs_layers(model, *step), atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.sampled_from([1, 2, 255, 256, 257, 1000]),
+    rows=st.lists(
+        st.tuples(st.sampled_from([0.0, 0.3, 1.0, 2.5]), st.floats(0, 1, exclude_max=True)), min_size=1, max_size=5
+    ),
+    spread=st.sampled_from([0.0, 1.0, 30.0]),
+)
+def test_sampling_is_torchs(n, rows, spread):
+    logits = torch.randn(len(rows), n) * spread
+    temperatures, uniforms = zip(*rows, strict=True)
+    ids, logprobs = kernels.sample(logits, temperatures, uniforms)
+    for row, (id_, temperature, uniform) in enumerate(zip(ids, temperatures, uniforms, strict=True)):
+        expected = torch.log_softmax(logits[row].double() / (temperature or 1), -1)
+        assert logprobs[row] == pytest.approx(expected[id_].item(), abs=1e-4)
+        if temperature == 0:
+            assert id_ == logits[row].argmax()
+        else:  # the token whose share of the cumulated probabilities holds the uniform number
+            cumulated = expected.exp().cumsum(-1)
+            assert (cumulated[id_ - 1] if id_ else 0) - 1e-5 <= uniform <= cumulated[id_] + 1e-5
+
+
+def test_what_does_not_fit_is_left_to_torch(monkeypatch):
+    assert not fits(random_model("llama", 1, 24))  # not a multiple of 16
+    assert not kernels.available(torch.bfloat16, CPU)
+    assert not kernels.available(torch.float32, torch.device("cuda"))
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    assert not fits(random_model("llama", 1, 16))
+
+
+# ---- Building ------------------------------------------------------------------------------------------------------
+
+
+def without_cache(monkeypatch, caplog):
+    """library() again as a new process would call it, and the warnings it logs."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, kernels.__name__):
+        return kernels.library.__wrapped__(), [record.getMessage() for record in caplog.records]
+
+
+def failing_compiler(folder):
+    path = folder / "cc"
+    path.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "cc: error: out of order" >&2\nexit 1\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_without_a_working_compiler_one_line_says_so(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert without_cache(monkeypatch, caplog) == (
+        None,
+        ["computing without compiled kernels, several times slower: no C compiler (install gcc, or name one in CC)"],
+    )
+    monkeypatch.setenv("CC", str(failing_compiler(tmp_path)))
+    found, warnings = without_cache(monkeypatch, caplog)
+    assert found is None and len(warnings) == 1 and warnings[0].endswith("fails: cc: error: out of order")
+    assert list((tmp_path / "cache" / "slime_local").iterdir()) == []
+
+
+def test_a_cache_that_others_can_write_is_refused(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "slime_local").mkdir()
+    (tmp_path / "slime_local").chmod(0o777)
+    found, warnings = without_cache(monkeypatch, caplog)
+    assert found is None and "can be written by others" in warnings[0]
+
+
+@needs_compiler
+def test_compiled_once_into_a_private_folder(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert without_cache(monkeypatch, caplog)[0] is not None
+    (built,) = (tmp_path / "slime_local").iterdir()
+    assert (tmp_path / "slime_local").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(kernels, "_run", lambda *command: pytest.fail("compiled again"))
+    assert without_cache(monkeypatch, caplog)[0] is not None
+    assert list((tmp_path / "slime_local").iterdir()) == [built]
+
+
+@needs_compiler
+def test_one_pool_of_threads():
+    """A second OpenMP library would bring threads of its own, and the denormals must stay as torch has them."""
+    code = """
+import re, torch
+from slime_local import kernels
+kernels.product(torch.randn(4, 64), kernels.panels(torch.randn(96, 64)), 96)
+torch.randn(99, 99) @ torch.randn(99, 99)
+found = set(re.findall(r"\\S*/lib[gi]?omp\\S*", open("/proc/self/maps").read()))
+assert len(found) == 1, found
+assert (torch.tensor([1e-39]) * 1).item() > 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+
+def test_the_constants_are_those_of_the_source():
+    source = kernels.SOURCE.read_text()
+    assert f"#define LANES {compiled_decoder.LANES} " in source
+    assert f"#define MAX_DIM {compiled_decoder.MAX_DIM} " in source
