@@ -137,27 +137,29 @@ def printed(script, folders):
     return arguments
 
 
-def arrays_of_run_local(array, folders, smol_dir, quick):
-    """MODEL_ARGS, TRAIN_ARGS and another array of run_local.sh: the script up to its first function, not set up."""
+def arrays_of_run_local(names, folders, smol_dir, quick):
+    """MODEL_ARGS, TRAIN_ARGS and other arrays of run_local.sh: the script up to its first function, not set up."""
     text = (EXAMPLE / "run_local.sh").read_text()
     head = text[: text.index("\nsay() {")].replace("bash scripts/setup_env.sh\n", "")
     assert "setup_env" not in head
     head = head.replace('"${BASH_SOURCE[0]}"', f'"{EXAMPLE / "run_local.sh"}"')
-    head += f'\nprintf "%s\\n" "${{MODEL_ARGS[@]}}" "${{TRAIN_ARGS[@]}}" "${{{array}[@]}}"'
+    arrays = " ".join(f'"${{{name}_ARGS[@]}}"' for name in ("MODEL", "TRAIN", *names))
+    head += f'\nprintf "%s\\n" {arrays}'
     settings = {"RUN_DIR": str(folders / "run"), "MODEL_DIR": str(smol_dir), "QUICK": quick}
     done = subprocess.run(["bash", "-c", head], env=os.environ | settings, capture_output=True, text=True, check=True)
     return [*done.stdout.splitlines(), "--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1"]
 
 
 @pytest.fixture(
-    params=["run_sft.sh", "run_grpo.sh", "run_local.sh SFT", "run_local.sh GRPO", "run_local.sh QUICK GRPO"]
+    params=["run_sft.sh", "run_grpo.sh", "run_local.sh SFT TEACHER", "run_local.sh GRPO", "run_local.sh QUICK GRPO"]
 )
 def command(request, folders, smol_dir, monkeypatch):
     monkeypatch.chdir(ROOT)  # the scripts go there, and name files from there
     script, *what = request.param.split()
     if script != "run_local.sh":
         return printed(script, folders)
-    return arrays_of_run_local(f"{what[-1]}_ARGS", folders, smol_dir, "1" if "QUICK" in what else "0")
+    names = [name for name in what if name != "QUICK"]
+    return arrays_of_run_local(names, folders, smol_dir, "1" if "QUICK" in what else "0")
 
 
 # What slime and Megatron derive in their own way.

@@ -2,8 +2,8 @@
 
     python examples/tau-bench/summarize.py --run-dir runs/local
 
-reads RUN_DIR/eval_{base,sft,grpo}.json (evaluate_tau2.py) and RUN_DIR/minutes.tsv, and writes RUN_DIR/summary.json:
-{"stages": {"base": {numbers of the evaluation, "stage_minutes"}, ...}, "floor", "customer", "prompt", "minutes"}.
+reads RUN_DIR/eval_{base,sft,rft,grpo}.json (evaluate_tau2.py) and RUN_DIR/minutes.tsv, and writes RUN_DIR/summary.json: {
+"stages": {"base": {numbers of the evaluation, "stage_minutes"}, ...}, "floor", "customer", "prompt", "minutes"}.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from tau2_episode import BadInput
 from tau2_results import read_result, write_json
 
-STAGES = ("base", "sft", "grpo")
+STAGES = ("base", "sft", "rft", "grpo")
 ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")  # telecom's order; other domains' follow by name
 EPISODES = {"results", "simulations", "tasks", "info"}  # stay where they are
 NEEDED = {
@@ -46,7 +46,7 @@ def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
         if path.exists():
             stages[stage] = {**read_numbers(path), "stage_minutes": minutes[stage] + minutes[f"eval_{stage}"]}
     if not stages:
-        raise BadInput(f"no eval_base.json, eval_sft.json or eval_grpo.json in {run_dir}: run run_local.sh first")
+        raise BadInput(f"no eval_{{{','.join(STAGES)}}}.json in {run_dir}: run run_local.sh first")
     return stages
 
 
