@@ -1,9 +1,9 @@
-"""The table at the end of run_local.sh: base, SFT and GRPO side by side, with the floor and the noise.
+"""The table at the end of run_local.sh: base, SFT, RFT and GRPO side by side, with the floor and the noise.
 
     python examples/tau-bench/summarize.py --run-dir runs/local
 
-reads RUN_DIR/eval_{base,sft,rft,grpo}.json (evaluate_tau2.py) and RUN_DIR/minutes.tsv, and writes RUN_DIR/summary.json: {
-"stages": {"base": {numbers of the evaluation, "stage_minutes"}, ...}, "floor", "customer", "prompt", "minutes"}.
+reads RUN_DIR/eval_{base,sft,rft,grpo}.json (evaluate_tau2.py) and RUN_DIR/minutes.tsv, and writes
+RUN_DIR/summary.json: {"stages": {"base": {numbers, "stage_minutes"}, ...}, "floor", "customer", "prompt", "minutes"}.
 """
 
 from __future__ import annotations
