@@ -73,8 +73,8 @@ def sum_bandwidth(device: str) -> float:
     return 4 * 2**26 / min(seconds) / 1e9
 
 
-def our_run(model, batch: int, steps: int):
-    """Seconds of the median step of an engine with `batch` requests."""
+def our_run(model, batch: int, steps: int, context: int = CONTEXT):
+    """Seconds of the median step of an engine with `batch` requests of `context` tokens."""
     import torch
     from transformers import AutoTokenizer
 
@@ -83,13 +83,13 @@ def our_run(model, batch: int, steps: int):
     engine = Engine(
         model,
         AutoTokenizer.from_pretrained(smollm2_dir(), trust_remote_code=False),
-        CONTEXT + 64,
+        context + 64,
         batch,
         own_thread=False,
     )
-    prompts = [[row, *range(CONTEXT)] for row in range(batch)]
+    prompts = [[row, *range(context)] for row in range(batch)]
     for slot in engine.slots:
-        slot.reserve(CONTEXT + 64)
+        slot.reserve(context + 64)
         slot.kv.normal_()
     params = SamplingParams(temperature=0.0, max_new_tokens=steps + 1, ignore_eos=True)
 
