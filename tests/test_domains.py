@@ -360,7 +360,10 @@ def test_the_evaluation_says_what_a_domain_has_not(flags, words, tmp_path, capsy
         (["--teacher-llm", "x", "--teacher-base-url", "http://x", "--slip", "1"], "belong to the scripted teacher"),
         (["--teacher-llm", "x", "--teacher-base-url", "http://x", "--mix", "mms_issue=1"], "telecom's issue types"),
         (["--teacher-llm", "x", "--teacher-base-url", "http://k:p@x"], "--teacher-base-url holds a user"),
-        (["--domain", "airline"], "the tasks are of the domain 'retail': give --domain retail"),
+        (
+            ["--domain", "airline", "--user", "recited", "--teacher-llm", "x", "--teacher-base-url", "http://x"],
+            "the tasks are of the domain 'retail': give --domain retail",
+        ),
     ],
 )
 def test_the_traces_say_what_a_domain_has_not(flags, words, tmp_path, capsys):

@@ -452,7 +452,7 @@ def comparison(runs: list[Run]) -> dict[str, Any] | None:
 
 def _comparable(run: Run) -> dict[str, Any]:
     rows = [row.model_dump(include={"task_id", "trial", "solved", "reward", "partial_score"}) for row in run.rows]
-    return {"settings": run.result.settings, "results": rows}
+    return {"settings": run.result.settings, "customer": run.result.customer, "results": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

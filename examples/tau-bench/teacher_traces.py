@@ -164,12 +164,17 @@ def make_teacher(args: argparse.Namespace, source: dict, seed: int) -> Any:
     return make(source["task"]["id"], seed)
 
 
-def check_teacher(args: argparse.Namespace, sources: list[dict]) -> None:
-    """Raises BadInput for a teacher that the domain has not, flags that it has no use for, tasks of another domain."""
-    load_split_ids(args.domain)  # an unknown domain is the first thing to tell
-    other = [source["domain"] for source in sources if source.get("domain") not in (None, args.domain)]
+def check_tasks(domain: str, sources: list[dict]) -> None:
+    """Raises BadInput for tasks of another domain, and for test tasks."""
+    other = [source["domain"] for source in sources if source.get("domain") not in (None, domain)]
     if other:
         raise BadInput(f"the tasks are of the domain {other[0]!r}: give --domain {other[0]}, or other --tasks")
+    refuse_test_tasks(domain, sources)
+
+
+def check_teacher(args: argparse.Namespace) -> None:
+    """Raises BadInput for a teacher that the domain has not, and for flags that it has no use for."""
+    load_split_ids(args.domain)  # an unknown domain is the first thing to tell
     if not is_telecom(args.domain):
         if not args.agent_llm:
             raise BadInput(
@@ -314,11 +319,11 @@ def refuse_test_tasks(domain: str, rows: list[dict]) -> None:
 
 def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal]:
     """SFT rows of solved episodes, how many were dropped for which reason, and the journal to remove at the end."""
-    sources = [row for path in args.tasks for row in read_task_rows(path)]
-    check_teacher(args, sources)
+    check_teacher(args)
     config = EpisodeConfig(args.domain, args.prompt, args.user, args.user_args, redraw_ids=args.redraw_ids)
     config.validate()
-    refuse_test_tasks(args.domain, sources)
+    sources = [row for path in args.tasks for row in read_task_rows(path)]
+    check_tasks(args.domain, sources)
     check_customer_key(config)
     check_customer(config)
     if args.agent_llm:
