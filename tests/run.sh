@@ -7,5 +7,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bash scripts/setup_env.sh
 export HF_HUB_OFFLINE=1
+# Tiny models: a second thread only waits, and several processes would share the cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH="$root/examples/tau-bench${PYTHONPATH:+:$PYTHONPATH}"
 exec "${TAU2_VENV:-.venv}/bin/python" -m pytest "$@"
