@@ -20,7 +20,7 @@ from typing import Any
 from common import EXIT_NO_PEER, RESULTS, aim, compared, number, verdict
 
 HERE = Path(__file__).resolve().parent
-NO_BENCHMARK = ("common", "partial_credit", "run_all")
+NO_BENCHMARK = ("common", "domains", "partial_credit", "run_all")
 LIMIT, QUICK_LIMIT = 3600, 300  # seconds one benchmark may take
 
 

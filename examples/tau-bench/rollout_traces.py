@@ -42,11 +42,10 @@ from tau2_episode import (
     short_result,
     system_prompt,
 )
-from tau2_mock import fault_distance, parse_faults
+from tau2_mock import POOL_DOMAIN, far_from_tests
 from tau2_results import read_result
 
 FOLDERS = (".", "rollouts", "rollout_data")
-MIN_DISTANCE = 2  # of the pool; see tau2_mock.py
 ERROR = "Error:"  # how tau2's tool results begin that are errors
 TELECOM = "telecom"
 
@@ -157,21 +156,14 @@ class _Forbidden:
     def __init__(self, domain: str) -> None:
         splits = load_split_ids(domain)
         self.test, self.train, self.known = set(splits["test"]), set(splits["train"]), set(splits["full"])
-        self.telecom = SPLIT_FOLDERS[domain] == TELECOM
-        self.faults = [parse_faults(task_id) for task_id in splits["test"]] if self.telecom else []
-        self.kinds = [task_id.split("]")[0] for task_id in splits["test"]]
+        self.is_far = far_from_tests() if SPLIT_FOLDERS[domain] == POOL_DOMAIN else lambda task_id: True
 
     def why(self, task_id: str) -> str | None:
         if task_id in self.test:
             return "test task"
         if task_id not in self.known:
             return "unknown task"
-        return "near a test task" if self.telecom and task_id not in self.train and self._is_near(task_id) else None
-
-    def _is_near(self, task_id: str) -> bool:
-        kind, faults = task_id.split("]")[0], parse_faults(task_id)
-        pairs = zip(self.kinds, self.faults, strict=True)
-        return any(kind == other and fault_distance(faults, theirs) < MIN_DISTANCE for other, theirs in pairs)
+        return None if task_id in self.train or self.is_far(task_id) else "near a test task"
 
 
 def _why_not(episode: Recorded, domain: str, forbidden: _Forbidden, has_template: bool) -> str | None:

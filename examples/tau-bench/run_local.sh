@@ -34,7 +34,7 @@ for name in SEED RFT_TRIALS; do
    [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || { echo "error: $name=${!name}: give a whole number" >&2 && exit 2; }
 done
 STAGES=(base sft rft grpo) LAST_DIR=$RFT_DIR
-if [ "$RFT_TRIALS" = 0 ]; then # no RFT: four dialogues in QUICK=1 teach too little to solve anything
+if [ "$RFT_TRIALS" = 0 ]; then # no RFT: the few dialogues of QUICK=1 teach too little to solve anything
    STAGES=(base sft grpo) LAST_DIR=$SFT_DIR
 fi
 
@@ -165,7 +165,7 @@ timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --
 evaluate base "$MODEL_DIR"
 
 say "2. SFT on teacher traces"
-# Unpaid bills are in 3 of 74 train tasks: without a share of their own they were never learnt.
+# Tasks with an unpaid bill are few: this gives them a share of their own.
 timed sft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --prompt short --style checklist --seed "$SEED" \
    --mix mms_issue=2,mobile_data_issue=2,service_issue=1,overdue_bill_suspension=1 --num-traces "$((SFT_ROLLOUTS * 2))" \
    --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl"

@@ -28,7 +28,6 @@ import importlib
 import json
 import logging
 import math
-import os
 import random
 import re
 import sys
@@ -37,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from tau2_episode import BadInput
+from tau2_results import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -188,15 +188,7 @@ class CurriculumDataSource:
             return
         path = Path(self.args.save) / "rollout" / f"curriculum_{rollout_id}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(self.state_dict(), file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_json(path, self.state_dict())
 
     def load(self, rollout_id: int | None = None) -> None:
         """The state after `rollout_id`; where that is missing (a run that was ended between its checkpoint and this

@@ -29,7 +29,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from tau2_episode import BadInput, issue_type, load_split_ids, load_tasks, task_
 
 POOL = "pool"
 POOL_DOMAIN = "telecom"
+MIN_DISTANCE = 2  # faults, of the pool from every test task
 TASK_ID = re.compile(r"\[(?P<type>\w+)\](?P<faults>.+)\[PERSONA:\w+\]")
 # Sub-issues that are values of one and the same fault.
 VARIANTS = {
@@ -63,16 +64,20 @@ def fault_distance(a: dict[str, str], b: dict[str, str]) -> int:
     return sum(a.get(fault) != b.get(fault) for fault in a.keys() | b.keys())
 
 
-def load_pool(min_distance: int = 2) -> list[Any]:
-    """Telecom tasks outside `base` at least `min_distance` away from every test task of their issue type."""
-    splits = load_split_ids(POOL_DOMAIN)
-    base = set(splits["base"])
-    tests = [(issue_type(task_id), parse_faults(task_id)) for task_id in splits["test"]]
+def far_from_tests(min_distance: int = MIN_DISTANCE) -> Callable[[str], bool]:
+    """Says of a telecom task's id whether it is `min_distance` away from every test task of its issue type."""
+    tests = [(issue_type(task_id), parse_faults(task_id)) for task_id in load_split_ids(POOL_DOMAIN)["test"]]
 
     def is_far(task_id: str) -> bool:
         kind, faults = issue_type(task_id), parse_faults(task_id)
         return all(kind != other or fault_distance(faults, theirs) >= min_distance for other, theirs in tests)
 
+    return is_far
+
+
+def load_pool(min_distance: int = MIN_DISTANCE) -> list[Any]:
+    """Telecom tasks outside `base` that are `far_from_tests`."""
+    base, is_far = set(load_split_ids(POOL_DOMAIN)["base"]), far_from_tests(min_distance)
     return [task for task in load_tasks(POOL_DOMAIN, "full") if task.id not in base and is_far(task.id)]
 
 
@@ -192,7 +197,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--domain", default=POOL_DOMAIN, help="tau2 domain (default: telecom)")
     parser.add_argument("--splits", nargs="+", default=["train", "test"], help="tau2 splits, or pool (telecom only)")
     parser.add_argument(
-        "--min-distance", type=int, default=2, help="pool: least distance from test tasks (default: 2)"
+        "--min-distance",
+        type=int,
+        default=MIN_DISTANCE,
+        help="pool: least distance from test tasks (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     if args.min_distance < 1:

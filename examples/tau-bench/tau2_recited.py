@@ -21,7 +21,8 @@ import re
 from collections import Counter
 from typing import Any
 
-STOP, TRANSFER = "###STOP###", "###TRANSFER###"
+from tau2_users import STOP, TRANSFER, TRANSFERRED
+
 RECITED_VERSION = "1"
 PATIENCE = 3  # the same message, or messages about nothing in the note, before hanging up
 CLOSINGS = 2  # one offer to end may come too early
@@ -31,9 +32,6 @@ _FIELDS = (  # of a scenario's instructions, and what is said before each
     ("known_info", "About me."),
     ("unknown_info", "What I do not know."),
     ("task_instructions", "And further."),
-)
-_TRANSFERRED = re.compile(
-    r"being transferred|have been transferred|(am|are|i'm|we're) transferring you|transferring you (now )?to"
 )
 _CLOSES = re.compile(
     r"\banything else\b|\bis there more\b|\ball (is |are )?done\b|\bgoodbye\b|\b(great|nice|good|wonderful) day\b"
@@ -82,7 +80,7 @@ class RecitedCustomer:
             self.opened = True
             return self._opening()
         text = re.sub(r"[’`]", "'", text.lower())
-        if _TRANSFERRED.search(text):
+        if TRANSFERRED.search(text):
             return TRANSFER
         self.heard[text] += 1
         if _CLOSES.search(text):

@@ -306,10 +306,9 @@ class ScriptedTeacher:
         if asked := _ASKED_BACK.search(said):
             explained = f"You find {asked[2]} in the settings. Please do all of that."
             return explained if self.wording in WORDINGS[::2] else text
-        if fix := _AGAIN.get((_MIXED_UP.search(said) or [""] * 2)[1]):
-            return self._worded(_please([fix, *self._test]))
-        if fix := _AGAIN.get((_TURNED_ON.search(said) or [""] * 2)[1]):
-            return self._worded(_please([fix, *self._test]))
+        for pattern in (_MIXED_UP, _TURNED_ON):
+            if (found := pattern.search(said)) and (fix := _AGAIN.get(found[1])):
+                return self._worded(_please([fix, *self._test]))
         return ""
 
     def _look(self) -> Steps:

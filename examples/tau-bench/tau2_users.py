@@ -17,7 +17,6 @@ from typing import Any
 
 from tau2_llm_customer import CONCURRENCY, DEFAULT_MODEL, LLMCustomer, UnusableCustomer
 from tau2_moods import Mood, make_mood, problem_with
-from tau2_recited import RecitedCustomer
 
 STOP, TRANSFER, OUT_OF_SCOPE = "###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###"
 SCRIPTED_VERSION = "1"
@@ -59,6 +58,8 @@ def make_customer(
     if user == "scripted":
         return ScriptedCustomer(task.user_scenario, make_mood(user_args.get("mood", "plain"), task.id, seed))
     if user == "recited":
+        from tau2_recited import RecitedCustomer  # which knows this module
+
         return RecitedCustomer(task.user_scenario)
     return LLMCustomer(customer_name(user), user_args, str(task.user_scenario), tools(), seed, concurrency)
 
@@ -156,7 +157,7 @@ _NEVER = re.compile(r"\b(don't|do not|never|no need to|avoid|without)\b")
 _FIRST_PERSON = re.compile(r"^(so |but |now |first |okay |ok )*(i|we|i'm|i've|i'll|we've|we'll|i'd|let me)\b")
 _TO_YOU = re.compile(r"\b(you to|please|can we|could we|shall we)\b|\?")
 _PRONOUN = re.compile(r"\b(it|that|this|them|those|both|these)\b")
-_TRANSFERRED = re.compile(
+TRANSFERRED = re.compile(
     r"being transferred|have been transferred|(am|are|i'm|we're) transferring you|transferring you (now )?to"
 )
 
@@ -557,7 +558,7 @@ class ScriptedCustomer:
 
     def _serve(self, text: str) -> Generator[list[Call], list[str], str]:
         """Yields batches of phone actions, receives their outputs, returns the answer to the agent."""
-        if _TRANSFERRED.search(text.lower()):
+        if TRANSFERRED.search(text.lower()):
             return TRANSFER
         question, requests = self.mood.listen(text, _topics(text.lower()), parse(text))
         if question:
