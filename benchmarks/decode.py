@@ -53,7 +53,7 @@ def report_bound(model, seconds: list[float], args) -> None:
     """What share of the reading bound a step of one request reaches."""
     from slime_local.loop import _kv_bytes
 
-    gigabytes = sum(p.numel() * model.compute_dtype.itemsize for p in model.parameters()) / 1e9
+    gigabytes = sum(p.numel() * model.product_dtype.itemsize for p in model.parameters()) / 1e9
     gigabytes += CONTEXT * _kv_bytes(model) / 1e9
     bandwidth = max(read_bandwidth(args.device), sum_bandwidth(args.device))
     share = spread([100 * gigabytes / bandwidth / value for value in seconds])

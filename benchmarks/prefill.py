@@ -47,7 +47,7 @@ def report(name: str, task: str, work: tuple[int, int, int], ours, theirs, args)
     result = {"quick": args.quick, "folder": args.results, "details": {"engine_steps": engine_steps[-1]}}
     speedup = ratio(seconds, "transformers", "ours")
     write_result(name, f"{task}: tokens a second", rates, unit="tokens/s", ratio=speedup, **result)
-    rate = matrix_rate(ours.compute_dtype, device=args.device)
+    rate = matrix_rate(ours.product_dtype, device=args.device)
     flops = product_flops(ours, count * new, count, passes=1)
     share = spread([100 * flops / value / 1e12 / rate for value in seconds["ours"]])
     result |= {"unit": "%", "target": 50, "details": {"matrix_rate_tflops": rate, "product_flops": flops}}

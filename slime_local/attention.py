@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend_paths(q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]]) -> Tensor:
-    """Each segment attends causally over its path: q [U, kv, group, D], k and v [U, kv, D] -> [U, kv * group * D]."""
+def attend_paths(
+    q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]], dtype: torch.dtype | None = None
+) -> Tensor:
+    """Each segment attends causally over its path: q [U, kv, group, D], k and v [U, kv, D] -> [U, kv * group * D].
+    dtype: of the matrix products of the gradient."""
     sizes = [path[-1].stop - path[-1].start for path in paths]
     place = {path[-1].start: i for i, path in enumerate(paths)}
     # Split and not sliced: the gradients of slices would be summed.
@@ -18,7 +21,7 @@ def attend_paths(q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]]) -> T
     out = []
     for i, path in enumerate(paths):
         parts = [place[span.start] for span in path]
-        out.append(attend_causal(queries[i], _cat([keys[p] for p in parts]), _cat([values[p] for p in parts])))
+        out.append(attend_causal(queries[i], _cat([keys[p] for p in parts]), _cat([values[p] for p in parts]), dtype))
     return _cat(out)
 
 
@@ -26,11 +29,11 @@ def _cat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The last n positions of a sequence of m attend causally: q [n, kv, group, D], k and v [m, kv, D] -> [n, -1]."""
     (n, kv, group, dim), m = q.shape, len(k)
-    if q.device.type == "cpu" and q.requires_grad:
-        return BlockAttention.apply(q, k, v).reshape(n, -1)
+    if q.device.type == "cpu":
+        return BlockAttention.apply(q, k, v, dtype or q.dtype).reshape(n, -1)
     q = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
     k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
     mask = None if n == m else ~_future(n, m, q.device)
@@ -38,44 +41,63 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[0].transpose(0, 1).reshape(n, -1)
 
 
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The fused kernel of the CPU: q [1, heads, n, D], k and v [1, heads, m, D] -> out [1, heads, n, D] and the
+    log-sum-exps [1, heads, n]. It reads all keys for every row unless n equals m: so in blocks of rows."""
+    n, m = q.shape[2], k.shape[2]
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if n == m:
+        return fused(q, k, v, 0.0, True)
+    parts = []
+    for start in range(0, n, FUSED_ROWS):
+        rows, keys = slice(start, min(start + FUSED_ROWS, n)), slice(0, m - n + min(start + FUSED_ROWS, n))
+        size = (rows.stop - rows.start, keys.stop)
+        mask = q.new_zeros(size).masked_fill_(_future(*size, q.device), float("-inf"))
+        parts.append(fused(q[:, :, rows], k[:, :, keys], v[:, :, keys], 0.0, False, attn_mask=mask))
+    outs, sums = zip(*parts, strict=True)
+    return torch.cat(outs, 2), torch.cat(sums, 2)
+
+
 class BlockAttention(torch.autograd.Function):
     """`attend_causal` for training on a CPU, where the fused kernel's backward was measured several times slower.
 
     The fused kernel runs forward; backward is plain matrix products over blocks of ATTENTION_ROWS queries, whose
-    scores stay in cache and are computed again (FlashAttention, arXiv 2205.14135, section 3.1).
+    scores stay in cache and are computed again (FlashAttention, arXiv 2205.14135, section 3.1). The scores are as
+    exact as forward; the other products are in `dtype`.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        (n, kv, group, dim), m = q.shape, len(k)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+        n, kv, group, dim = q.shape
         heads = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
         keys, values = (x.transpose(0, 1).repeat_interleave(group, 0)[None] for x in (k, v))
-        mask = None if n == m else q.new_zeros(n, m).masked_fill_(_future(n, m, q.device), float("-inf"))
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, sums = fused(heads, keys, values, 0.0, n == m, attn_mask=mask)
+        out, sums = _fused(heads, keys, values)
         out = out.view(kv, group, n, dim).transpose(1, 2)
         sums = sums.view(kv, group, n).transpose(1, 2)
+        ctx.dtype = dtype
         ctx.save_for_backward(q.permute(1, 0, 2, 3) * dim**-0.5, k.transpose(0, 1), v.transpose(0, 1), out, sums)
         return out.transpose(0, 1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, sums = ctx.saved_tensors
         grad = grad.transpose(0, 1)
         inner = (grad * out).sum(-1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        rounded_q, rounded_k, rounded_v, rounded_grad = (x.to(ctx.dtype) for x in (q, k, v, grad))
         for rows, keys in _blocks(q, k):
-            q_rows, grad_rows = _flat(q[:, rows]), _flat(grad[:, rows])
+            q_rows, grad_rows = _flat(rounded_q[:, rows]), _flat(rounded_grad[:, rows])
             scores = _scores(q[:, rows], k[:, keys])
-            weights = scores.sub_(sums[:, rows].reshape(*scores.shape[:2], 1)).exp_().to(v.dtype)
-            dv[:, keys] += torch.bmm(weights.transpose(1, 2), grad_rows)
-            scores = torch.bmm(grad_rows, v[:, keys].transpose(1, 2))
-            scores.sub_(inner[:, rows].reshape(*scores.shape[:2], 1)).mul_(weights)
-            dq[:, rows] = torch.bmm(scores, k[:, keys]).view_as(dq[:, rows])
+            weights = scores.sub_(sums[:, rows].reshape(*scores.shape[:2], 1)).exp_()
+            dv[:, keys] += torch.bmm(weights.to(ctx.dtype).transpose(1, 2), grad_rows)
+            scores = torch.bmm(grad_rows, rounded_v[:, keys].transpose(1, 2)).to(v.dtype)
+            scores = scores.sub_(inner[:, rows].reshape(*scores.shape[:2], 1)).mul_(weights).to(ctx.dtype)
+            dq[:, rows] = torch.bmm(scores, rounded_k[:, keys]).view_as(dq[:, rows])
             dk[:, keys] += torch.bmm(scores.transpose(1, 2), q_rows)
-        return (dq * q.shape[-1] ** -0.5).transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
+        return (dq * q.shape[-1] ** -0.5).transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1), None
 
 
+FUSED_ROWS = 256
 ATTENTION_ROWS = 128
 
 

@@ -1,6 +1,6 @@
 """The layers of one engine step in one call of `kernels.c`: new tokens of all requests over what they have kept.
 
-    decoder = CompiledDecoder(model)             # fp32 on a CPU; `fits(model)` says whether it can
+    decoder = CompiledDecoder(model)             # on a CPU; `fits(model)` says whether it can
     x = decoder(x, cos, sin, kept, starts, lengths, plan)
 
 Attention is planned here, as parts: rows (new tokens) that attend over the same keys. A shared prefix is one part for
@@ -28,7 +28,7 @@ PART_ROWS = 64
 
 
 class _Model(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("layers", "hidden", "kv_heads", "group", "dim", "ffn")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("layers", "hidden", "kv_heads", "group", "dim", "ffn", "in_bf16")]
     _fields_ += [("eps", ctypes.c_double), ("layer", ctypes.c_void_p)]
 
 
@@ -36,7 +36,7 @@ class _Step(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("rows", "parts")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("part", "place", "results_of", "results", "cos", "sin")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("x", "normed", "qkv", "attended", "gate_up", "gate")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("partial", "sums")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("rounded", "partial", "sums")]
 
 
 @dataclass
@@ -53,7 +53,11 @@ class Span:
 def fits(model: Transformer) -> bool:
     """Whether the kernels can run this model here."""
     dim = model.decoder.layers[0].self_attention.head_dim
-    return dim % LANES == 0 and dim <= MAX_DIM and kernels.available(model.compute_dtype, model.device)
+    return (
+        dim % LANES == 0
+        and dim <= MAX_DIM
+        and kernels.available(model.compute_dtype, model.product_dtype, model.device)
+    )
 
 
 class CompiledDecoder:
@@ -64,6 +68,7 @@ class CompiledDecoder:
         config, attention = model.config, model.decoder.layers[0].self_attention
         self.sizes = (config.num_hidden_layers, config.hidden_size, attention.kv_heads, attention.group)
         self.sizes += (attention.head_dim, config.intermediate_size)
+        self.in_bf16 = model.product_dtype == torch.bfloat16
 
     def __call__(
         self,
@@ -78,7 +83,7 @@ class CompiledDecoder:
         """The residual stream x [T, H] after the last layer, in place; the arguments are those of KeptAttention, cos
         and sin [T, D / 2]."""
         table = np.array([0 if w is None else w.data_ptr() for w in self._weights()], np.uint64)
-        model = _Model(*self.sizes, self.model.config.rms_norm_eps, table.ctypes.data)
+        model = _Model(*self.sizes, self.in_bf16, self.model.config.rms_norm_eps, table.ctypes.data)
         step, memory = self._step(x, cos, sin, kept, starts, lengths, plan)
         kernels.library().decode(ctypes.byref(model), ctypes.byref(step), ctypes.c_int64(torch.get_num_threads()))
         del memory
@@ -103,6 +108,7 @@ class CompiledDecoder:
         heads = kv_heads * group
         widths = (hidden, (heads + 2 * kv_heads) * dim, heads * dim, 2 * ffn, ffn)
         scratch = [x.new_empty(rows, width) for width in widths]
+        scratch.append(x.new_empty(rows * (max(widths) + 1) * self.in_bf16, dtype=torch.bfloat16))
         scratch += [x.new_empty(len(results), heads, dim), x.new_empty(len(results), heads)]
         tensors = [cos.contiguous(), sin.contiguous(), x, *scratch]
         pointers = [table.ctypes.data for table in tables] + [tensor.data_ptr() for tensor in tensors]

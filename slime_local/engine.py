@@ -480,7 +480,7 @@ def sample(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) 
     and reports softmax(logits).
     """
     whole = all(p.top_k <= 0 and p.top_p == 1 for p in params)
-    if whole and kernels.available(logits.dtype, logits.device):
+    if whole and kernels.available(logits.dtype, logits.dtype, logits.device):
         return kernels.sample(logits, [p.temperature for p in params], uniforms)
     scale = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)
     logprobs = torch.log_softmax(logits / scale[:, None], dim=-1)

@@ -1,14 +1,23 @@
-/* The decoder of `model.py` in fp32 for the engine: new tokens of many requests through all layers in one call.
+/* The decoder of `model.py` for the engine: new tokens of many requests through all layers in one call. Everything is
+   fp32, but for the products where the weights are given in bf16: their inputs are rounded to it, sums stay fp32.
 
    Compiled and called by `kernels.py`. Every `omp for` ends with a barrier, so that a step sees what the one before it
    has written. Tokens are rows; H is the hidden size, D the head dimension, a multiple of LANES.
 
    Weights are read in panels: PANEL neighbouring outputs, input after input, [ceil(n_out / PANEL)][n_in][PANEL]. One
-   row then reads each of them once in order, at the rate of the memory, and many rows use the vector units fully. */
+   row then reads each of them once in order, at the rate of the memory, and many rows use the vector units fully. In
+   bf16 two inputs stand side by side, [ceil(n_out / PANEL)][ceil(n_in / 2)][PANEL][2]: the CPU multiplies pairs. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#define HAS_BF16 1
+#else
+#define HAS_BF16 0
+#endif
 
 #define LANES 16 /* compilers split vectors of this length where the machine's are shorter */
 #define ROWS 8   /* rows of a block: ROWS x PANEL sums stay in registers */
@@ -23,13 +32,20 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t bf16;
 
+/* qkv, proj, fc1 and fc2 are panels. */
 typedef struct {
-    const float *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *proj, *mlp_norm, *fc1, *fc2;
+    const float *input_norm;
+    const void *qkv;
+    const float *qkv_bias, *q_norm, *k_norm;
+    const void *proj;
+    const float *mlp_norm;
+    const void *fc1, *fc2;
 } Layer;
 
 typedef struct {
-    int64_t layers, hidden, kv_heads, group, dim, ffn;
+    int64_t layers, hidden, kv_heads, group, dim, ffn, in_bf16;
     double eps;
     const Layer *layer;
 } Model;
@@ -54,11 +70,13 @@ typedef struct {
     const int64_t *results_of, *results; /* results[results_of[r] .. results_of[r + 1]) belong to row r */
     const float *cos, *sin;              /* [rows][D / 2] */
     float *x, *normed, *qkv, *attended, *gate_up, *gate;
+    bf16 *rounded; /* [rows * (the widest + 1)]: the input of a product */
     float *partial, *sums; /* [results][kv_heads * group](x D): attention over one part, and its log-sum-exp */
 } Step;
 
 int64_t panel_width(void) { return PANEL; }
 int64_t part_keys(void) { return KEYS; }
+int64_t has_bf16(void) { return HAS_BF16; }
 
 /* ---- products --------------------------------------------------------------------------------------------------- */
 
@@ -105,10 +123,77 @@ static void multiply(const float *x, const float *panels, const float *plus, int
     }
 }
 
-void product(const float *x, const float *panels, const float *bias, float *y, int64_t m, int64_t n, int64_t k,
-             int64_t threads) {
+/* To the nearest bf16, ties to even; a zero behind an odd number of inputs. */
+static void round_rows(const float *x, bf16 *y, int64_t m, int64_t k) {
+    int64_t even = k + (k & 1);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < m; r++) {
+        const uint32_t *bits = (const uint32_t *)(x + r * k);
+        for (int64_t i = 0; i < k; i++) y[r * even + i] = (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16;
+        if (k & 1) y[r * even + k] = 0;
+    }
+}
+
+#if HAS_BF16
+/* As `block`, over pairs of inputs and the whole of a panel. */
+INLINE void block_bf16(const int rows, const bf16 *x, int64_t xs, const bf16 *w, const float *plus, int64_t ps,
+                       float *y, int64_t ys, int64_t k, int64_t width) {
+    __m512 sum[ROWS][PANEL / LANES];
+    memset(sum, 0, sizeof sum);
+    for (int64_t i = 0; i < k; i += 2)
+        for (int r = 0; r < rows; r++) {
+            int32_t pair;
+            memcpy(&pair, x + r * xs + i, sizeof pair);
+            for (int c = 0; c < PANEL / LANES; c++)
+                sum[r][c] = _mm512_dpbf16_ps(sum[r][c], (__m512bh)_mm512_set1_epi32(pair),
+                                             (__m512bh)_mm512_loadu_si512(w + i * PANEL + c * 2 * LANES));
+        }
+    for (int r = 0; r < rows; r++) {
+        float out[PANEL];
+        memcpy(out, sum[r], sizeof out);
+        for (int64_t c = 0; c < width; c++) y[r * ys + c] = out[c] + (plus ? plus[r * ps + c] : 0.0f);
+    }
+}
+
+static void multiply_bf16(const bf16 *x, const bf16 *panels, const float *plus, int64_t ps, float *y, int64_t m,
+                          int64_t n, int64_t k) {
+    k += k & 1;
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < n; j += PANEL) {
+        int64_t width = n - j < PANEL ? n - j : PANEL, r = 0;
+#define BLOCK_BF16(rows) \
+    block_bf16(rows, x + r * k, k, panels + j * k, plus ? plus + j + r * ps : plus, ps, y + j + r * n, n, k, width)
+        for (; m - r >= ROWS; r += ROWS) BLOCK_BF16(ROWS);
+        switch (m - r) {
+            case 1: BLOCK_BF16(1); break;
+            case 2: BLOCK_BF16(2); break;
+            case 3: BLOCK_BF16(3); break;
+            case 4: BLOCK_BF16(4); break;
+            case 5: BLOCK_BF16(5); break;
+            case 6: BLOCK_BF16(6); break;
+            case 7: BLOCK_BF16(7); break;
+        }
+    }
+}
+#else
+static void multiply_bf16(const bf16 *x, const bf16 *panels, const float *plus, int64_t ps, float *y, int64_t m,
+                          int64_t n, int64_t k) {}
+#endif
+
+/* `rounded`: room for x in bf16 where the panels are in bf16, else NULL. */
+static void multiply_by(const void *panels, bf16 *rounded, const float *x, const float *plus, int64_t ps, float *y,
+                        int64_t m, int64_t n, int64_t k) {
+    if (rounded) {
+        round_rows(x, rounded, m, k);
+        multiply_bf16(rounded, panels, plus, ps, y, m, n, k);
+    } else
+        multiply(x, panels, plus, ps, y, m, n, k);
+}
+
+void product(const float *x, const void *panels, const float *bias, float *y, bf16 *rounded, int64_t m, int64_t n,
+             int64_t k, int64_t threads) {
 #pragma omp parallel num_threads(threads)
-    multiply(x, panels, bias, 0, y, m, n, k);
+    multiply_by(panels, rounded, x, bias, 0, y, m, n, k);
 }
 
 /* ---- element by element ----------------------------------------------------------------------------------------- */
@@ -300,17 +385,18 @@ void sample(const float *logits, int64_t m, int64_t n, const float *temperatures
 void decode(const Model *model, const Step *step, int64_t threads) {
     int64_t m = step->rows, hidden = model->hidden, ffn = model->ffn;
     int64_t heads = model->kv_heads * model->group * model->dim, width = heads + 2 * model->kv_heads * model->dim;
+    bf16 *rounded = model->in_bf16 ? step->rounded : NULL;
 #pragma omp parallel num_threads(threads)
     for (int64_t layer = 0; layer < model->layers; layer++) {
         const Layer *w = model->layer + layer;
         norm_rows(step->x, w->input_norm, step->normed, m, hidden, model->eps);
-        multiply(step->normed, w->qkv, w->qkv_bias, 0, step->qkv, m, width, hidden);
+        multiply_by(w->qkv, rounded, step->normed, w->qkv_bias, 0, step->qkv, m, width, hidden);
         place(model, w, step, layer);
         attend(model, step, layer);
-        multiply(step->attended, w->proj, step->x, hidden, step->x, m, hidden, heads);
+        multiply_by(w->proj, rounded, step->attended, step->x, hidden, step->x, m, hidden, heads);
         norm_rows(step->x, w->mlp_norm, step->normed, m, hidden, model->eps);
-        multiply(step->normed, w->fc1, 0, 0, step->gate_up, m, 2 * ffn, hidden);
+        multiply_by(w->fc1, rounded, step->normed, 0, 0, step->gate_up, m, 2 * ffn, hidden);
         gated(step->gate_up, step->gate, m, ffn);
-        multiply(step->gate, w->fc2, step->x, hidden, step->x, m, hidden, ffn);
+        multiply_by(w->fc2, rounded, step->gate, step->x, hidden, step->x, m, hidden, ffn);
     }
 }

@@ -1,6 +1,7 @@
-"""Builds and loads `kernels.c`: matrix products and the decoder in fp32 on a CPU, several times faster than torch's.
+"""Builds and loads `kernels.c`: matrix products and the decoder on a CPU, several times faster than torch's.
 
     SLIME_LOCAL_KERNELS=0 python train.py ...        # without: everything is computed by torch
+    SLIME_LOCAL_KERNELS=fp32 python train.py ...     # products in fp32 where bf16 would be twice as fast
 
 The C compiler of the machine (`cc`, or $CC) compiles it at first use, in two seconds, into a cache folder of the user.
 Without a compiler, or where something else does not fit, torch computes, and one line in the log says why.
@@ -34,8 +35,12 @@ class NoKernels(Exception):
     """Why there are none."""
 
 
-def available(dtype: torch.dtype, device: torch.device) -> bool:
-    return dtype == torch.float32 and device.type == "cpu" and os.environ.get(SWITCH) != "0" and library() is not None
+def available(dtype: torch.dtype, products: torch.dtype, device: torch.device) -> bool:
+    """Whether they compute in `dtype`, which is fp32, with products in `products`, fp32 or bf16, on this device."""
+    switch = os.environ.get(SWITCH)
+    if dtype != torch.float32 or device.type != "cpu" or switch == "0" or library() is None:
+        return False
+    return products == torch.float32 or (products == torch.bfloat16 and switch != "fp32" and library().has_bf16() == 1)
 
 
 @functools.cache
@@ -50,7 +55,8 @@ def library() -> ctypes.CDLL | None:
     except (NoKernels, OSError, subprocess.SubprocessError) as error:
         logger.warning("computing without compiled kernels, several times slower: %s", error)
         return None
-    loaded.panel_width.restype = loaded.part_keys.restype = ctypes.c_int64
+    for function in (loaded.panel_width, loaded.part_keys, loaded.has_bf16):
+        function.restype = ctypes.c_int64
     return loaded
 
 
@@ -109,25 +115,35 @@ def _cache_folder() -> Path:
 # ---- products ----------------------------------------------------------------------------------------------------
 
 
-def panels(weight: Tensor) -> Tensor:
-    """A weight [n_out, n_in] as `product` reads it: [panels, n_in, width], neighbouring outputs side by side."""
+def panels(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A weight [n_out, n_in] as `product` reads it: [panels, n_in, width], neighbouring outputs side by side; in bf16
+    [panels, n_in / 2, width, 2], neighbouring inputs too."""
+    width, pair = library().panel_width(), 2 if dtype == torch.bfloat16 else 1
     n_out, n_in = weight.shape
-    width = library().panel_width()
-    if n_out % width:
-        weight = torch.cat((weight, weight.new_zeros(width - n_out % width, n_in)))
-    return weight.view(-1, width, n_in).transpose(1, 2).contiguous()
+    weight = torch.nn.functional.pad(weight.to(dtype), (0, -n_in % pair, 0, -n_out % width))
+    shape = (len(weight) // width, width, weight.shape[1] // pair, pair)
+    return weight.view(shape).transpose(1, 2).contiguous()
 
 
 def product(x: Tensor, weight: Tensor, n_out: int, bias: Tensor | None = None) -> Tensor:
-    """x [..., n_in] times a weight [n_out, n_in], given as its panels -> [..., n_out]."""
+    """fp32 x [..., n_in] times a weight [n_out, n_in], given as its panels -> [..., n_out]."""
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], n_out)
     n_in = x.shape[-1]
-    operands = (x, weight, None if bias is None else bias.contiguous(), y)
+    rows = x.numel() // n_in
+    rounded = room_for_rounded(weight, rows, n_in)
+    operands = (x, weight, None if bias is None else bias.contiguous(), y, rounded)
     pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in operands]
-    sizes = [ctypes.c_int64(size) for size in (x.numel() // n_in, n_out, n_in, torch.get_num_threads())]
+    sizes = [ctypes.c_int64(size) for size in (rows, n_out, n_in, torch.get_num_threads())]
     library().product(*pointers, *sizes)
     return y
+
+
+def room_for_rounded(weight: Tensor, rows: int, n_in: int) -> Tensor | None:
+    """Where the kernels put the rounded input of a product with bf16 panels; None for fp32."""
+    if weight.dtype == torch.float32:
+        return None
+    return torch.empty(rows, n_in + n_in % 2, dtype=torch.bfloat16)
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------

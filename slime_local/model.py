@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,14 +41,15 @@ TOKENIZER_FILES = (
 
 
 class Operand:
-    """A weight as the matrix product reads it: a fresh differentiable cast while it is trained, else a kept copy.
+    """A weight as matrix products read it, in the dtype of the products.
 
-    On a CPU the kept copy is in the panels of `kernels.py`, or without those in oneDNN's own layout, in which products
+    On a CPU a kept copy is in the panels of `kernels.py`, or without those in oneDNN's own layout, in which products
     of 2 to 32 rows were measured two to four times faster than those of `F.linear`. `drop` gives the memory back and
     must follow every change of the weight.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.kept: Tensor | None = None
         self.form: tuple | None = None
 
@@ -57,19 +57,31 @@ class Operand:
         """x [T, n_in] -> [T, n_out] for a weight [n_out, n_in], in the dtype of x."""
         bias = None if bias is None else bias.to(x.dtype)
         if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
-            return _differentiable(x, weight.to(x.dtype), bias)
-        if kernels.available(x.dtype, x.device):
+            y = Product.apply(x, weight, self)
+            return y if bias is None else y + bias
+        if self.is_compiled(x):
             return kernels.product(x, self.panels(weight), len(weight), bias)
-        if self.form != (x.dtype, x.device):
-            self.kept, self.form = _packed(weight.detach().to(x.dtype)), (x.dtype, x.device)
+        if self.form != (x.device,):
+            self.kept, self.form = _packed(weight.detach().to(self.dtype)), (x.device,)
+        rounded, added = x.to(self.dtype), None if bias is None else bias.to(self.dtype)
         if self.kept.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.kept, bias, "none", [], "")
-        return F.linear(x, self.kept, bias)
+            return torch.ops.mkldnn._linear_pointwise(rounded, self.kept, added, "none", [], "").to(x.dtype)
+        return F.linear(rounded, self.kept, added).to(x.dtype)
+
+    def learn(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`multiply` inside a function that has its own gradient. In bf16 it is the engine's product to the bit; in
+        fp32 oneDNN is as fast and needs no copy of a weight that is about to change."""
+        if self.dtype == torch.bfloat16 and self.is_compiled(x):
+            return kernels.product(x, self.panels(weight), len(weight))
+        return _product(x.to(self.dtype), weight.to(self.dtype)).to(x.dtype)
+
+    def is_compiled(self, x: Tensor) -> bool:
+        return kernels.available(x.dtype, self.dtype, x.device)
 
     def panels(self, weight: Tensor) -> Tensor:
-        """The fp32 weight as `kernels.product` reads it."""
+        """The weight as `kernels.product` reads it."""
         if self.form != ("panels",):
-            self.kept, self.form = kernels.panels(weight.detach()), ("panels",)
+            self.kept, self.form = kernels.panels(weight.detach(), self.dtype), ("panels",)
         return self.kept
 
     def drop(self) -> None:
@@ -87,11 +99,6 @@ def _packed(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
 
 
-def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = Product.apply(x, weight)
-    return y if bias is None else y + bias
-
-
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, n_in] times weight [n_out, n_in]: in fp32 on a CPU by oneDNN, measured 15 % faster than `F.linear`."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -100,50 +107,64 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """`_product` with its gradients; that of the weight is no faster by oneDNN."""
+    """A product with its gradients, all in the operand's dtype: x [T, n_in], weight [n_out, n_in] -> [T, n_out].
+    x is kept for the gradient as it was multiplied."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight)
+    def forward(ctx, x: Tensor, weight: Tensor, operand: Operand) -> Tensor:
+        ctx.save_for_backward(x.to(operand.dtype), weight)
+        return operand.learn(x, weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        to_x, to_weight = ctx.needs_input_grad
-        return _product(grad, weight.t()) if to_x else None, grad.t() @ x if to_weight else None
+        to_x, to_weight, _ = ctx.needs_input_grad
+        rounded = grad.to(x.dtype)
+        by_x = _by_input(rounded, weight).to(grad.dtype) if to_x else None
+        return by_x, _by_weight(rounded, x, weight) if to_weight else None, None
+
+
+def _by_input(grad: Tensor, weight: Tensor) -> Tensor:
+    return _product(grad, weight.to(grad.dtype).t())
+
+
+def _by_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """No faster by oneDNN's own call."""
+    return (grad.t() @ x).to(weight.dtype)
 
 
 class GatedProduct(torch.autograd.Function):
     """silu(gate) * up, times a weight [n_out, F]: gate_up [T, 2 F] -> [T, n_out]. Only gate_up is kept."""
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, gate_up: Tensor, weight: Tensor, operand: Operand) -> Tensor:
         ctx.save_for_backward(gate_up, weight)
+        ctx.dtype = operand.dtype
         gate, up = gate_up.chunk(2, dim=-1)
-        return _product(F.silu(gate).mul_(up), weight)
+        return operand.learn(F.silu(gate).mul_(up), weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         gate_up, weight = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
+        rounded = grad.to(ctx.dtype)
         gated = F.silu(gate)
-        by_product = _product(grad, weight.t())
+        by_product = _by_input(rounded, weight).to(grad.dtype)
         by_up = by_product * gated
         by_gate = torch.ops.aten.silu_backward(by_product.mul_(up), gate)
-        to_weight = grad.t() @ gated.mul_(up) if ctx.needs_input_grad[1] else None
-        return torch.cat((by_gate, by_up), dim=-1), to_weight
+        to_weight = _by_weight(rounded, gated.mul_(up).to(ctx.dtype), weight) if ctx.needs_input_grad[1] else None
+        return torch.cat((by_gate, by_up), dim=-1), to_weight, None
 
 
 class Linear(nn.Module):
-    """A projection whose weight is kept in fp32 and multiplied in the model's compute dtype."""
+    """A projection whose weight is kept in fp32 and multiplied in `dtype`."""
 
-    def __init__(self, n_in: int, n_out: int, bias: bool = False, norm: bool = False):
+    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype, bias: bool = False, norm: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.layer_norm_weight = nn.Parameter(torch.empty(n_in)) if norm else None
-        self.operand = Operand()
+        self.operand = Operand(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.operand.multiply(x, self.weight, self.bias)
@@ -153,7 +174,7 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, dtype: torch.dtype):
         super().__init__()
         self.kv_heads = config.num_key_value_heads
         self.group = config.num_attention_heads // self.kv_heads
@@ -161,8 +182,8 @@ class Attention(nn.Module):
         self.eps = config.rms_norm_eps
         bias = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
         width = self.kv_heads * (self.group + 2) * self.head_dim
-        self.linear_qkv = Linear(config.hidden_size, width, bias=bias, norm=True)
-        self.linear_proj = Linear(config.num_attention_heads * self.head_dim, config.hidden_size)
+        self.linear_qkv = Linear(config.hidden_size, width, dtype, bias=bias, norm=True)
+        self.linear_proj = Linear(config.num_attention_heads * self.head_dim, config.hidden_size, dtype)
         if config.model_type == "qwen3":
             self.q_layernorm = Norm(self.head_dim)
             self.k_layernorm = Norm(self.head_dim)
@@ -183,25 +204,25 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, dtype: torch.dtype):
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.linear_fc1 = Linear(config.hidden_size, 2 * config.intermediate_size, norm=True)
-        self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.linear_fc1 = Linear(config.hidden_size, 2 * config.intermediate_size, dtype, norm=True)
+        self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.linear_fc1(rms_norm(x, self.linear_fc1.layer_norm_weight, self.eps))
         if torch.is_grad_enabled() and gate_up.requires_grad:
-            return GatedProduct.apply(gate_up, self.linear_fc2.weight.to(x.dtype))
+            return GatedProduct.apply(gate_up, self.linear_fc2.weight, self.linear_fc2.operand)
         gate, up = gate_up.chunk(2, dim=-1)
         return self.linear_fc2(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, dtype: torch.dtype):
         super().__init__()
-        self.self_attention = Attention(config)
-        self.mlp = Mlp(config)
+        self.self_attention = Attention(config, dtype)
+        self.mlp = Mlp(config, dtype)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual stream x [T, H] after attention output `attended` [T, heads * head_dim]."""
@@ -223,24 +244,28 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, dtype: torch.dtype):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, dtype) for _ in range(config.num_hidden_layers))
         self.final_layernorm = Norm(config.hidden_size)
 
 
 class Transformer(nn.Module):
-    """A decoder over packed sequences. fp32 parameters; matrix products in `compute_dtype`."""
+    """A decoder over packed sequences. fp32 parameters; matrix products with weights in `product_dtype` (None: as all
+    else), all else in `compute_dtype`."""
 
-    def __init__(self, config, compute_dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, config, compute_dtype: torch.dtype = torch.float32, product_dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.product_dtype = product_dtype or compute_dtype
         self.embedding = Embedding(config)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config, self.product_dtype)
         if not config.tie_word_embeddings:
-            self.output_layer = Linear(config.hidden_size, config.vocab_size)
-        self.head = Operand()
+            self.output_layer = Linear(config.hidden_size, config.vocab_size, self.product_dtype)
+        self.head = Operand(self.product_dtype)
         self.version = 0  # of the weights: counts the calls of weights_changed
 
     @property
@@ -273,7 +298,7 @@ class Transformer(nn.Module):
         x = self.embed(shared.tokens)
         for layer in self.decoder.layers:
             q, k, v = layer.self_attention.qkv(x, cos, sin)
-            x = layer.finish(x, attend_paths(q, k, v, shared.paths))
+            x = layer.finish(x, attend_paths(q, k, v, shared.paths, self.product_dtype))
         x = self.final_norm(x)
         return x if shared.gather is None else x[shared.gather]
 
@@ -324,21 +349,16 @@ def rope_theta(config) -> float:
     return float(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
 
 
-def pick_dtype(device: torch.device | str) -> torch.dtype:
-    """The compute dtype for this device: bf16 where its matrix products are clearly faster, else fp32.
+def pick_dtypes(device: torch.device | str) -> tuple[torch.dtype, torch.dtype]:
+    """(compute dtype, product dtype) for this device: bf16 where its units multiply bf16 faster, else fp32.
 
-    Measured in about 0.1 s on a CPU: those without bf16 matrix units (AMX) run bf16 products slower than fp32 ones.
-    """
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    operands = {dtype: (torch.randn(512, 576).to(dtype), torch.randn(1536, 576).to(dtype)) for dtype in seconds}
-    for _ in range(8):
-        for dtype, (x, w) in operands.items():
-            start = time.perf_counter()
-            F.linear(x, w)
-            seconds[dtype].append(time.perf_counter() - start)
-    return torch.bfloat16 if 1.5 * min(seconds[torch.bfloat16]) < min(seconds[torch.float32]) else torch.float32
+    On a CPU whose vector units do (AVX512-BF16), the compiled kernels multiply in bf16 at twice the rate of fp32, and
+    everything else stays fp32; for matrix units (AMX) torch's own bf16 is the faster one."""
+    device = torch.device(device)
+    if device.type == "cuda" or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, torch.bfloat16
+    fast = kernels.available(torch.float32, torch.bfloat16, device)
+    return torch.float32, torch.bfloat16 if fast else torch.float32
 
 
 def pick_device() -> torch.device:
@@ -366,15 +386,18 @@ def load_config(path: str | os.PathLike):
 
 
 def load_model(
-    path: str | os.PathLike, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    path: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    product_dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """The model of an HF folder. `dtype` is the compute dtype (default: the faster one here); parameters are fp32."""
+    """The model of an HF folder, with fp32 parameters. The dtypes are Transformer's (default: the fastest here)."""
     config = load_config(path)
     check_size(config, Path(path))
     device = torch.device(device) if device is not None else pick_device()
     try:
         with torch.device("meta"):
-            model = Transformer(config, dtype or pick_dtype(device))
+            model = Transformer(config, *((dtype, product_dtype) if dtype else pick_dtypes(device)))
     except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise UsageError(f"{path}: its config.json describes no model ({one_line(error)})") from error
     model.to_empty(device=device)
@@ -447,10 +470,10 @@ def read_parameter(weights: HfWeights, name: str, config) -> Tensor:
 
 
 def hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """The model's weights under their HF names, in the compute dtype."""
+    """The model's weights under their HF names, in the product dtype."""
     config = model.config
     for name, parameter in model.named_parameters():
-        value = parameter.detach().to(model.compute_dtype)
+        value = parameter.detach().to(model.product_dtype)
         if name in SINGLE:
             yield SINGLE[name], value.contiguous()
             continue
@@ -486,7 +509,7 @@ PER_LAYER = {
 
 
 def save_hf(model: Transformer, out_dir: str | os.PathLike, source_dir: str | os.PathLike) -> Path:
-    """Write an HF folder: weights in the compute dtype, config and tokenizer from `source_dir`. All or nothing."""
+    """Write an HF folder: weights in the product dtype, config and tokenizer from `source_dir`. All or nothing."""
     out, source = Path(out_dir), Path(source_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
@@ -495,7 +518,7 @@ def save_hf(model: Transformer, out_dir: str | os.PathLike, source_dir: str | os
         save_file(dict(hf_tensors(model)), work / "model.safetensors", metadata={"format": "pt"})
         config = json.loads((source / "config.json").read_text())
         config.pop("torch_dtype", None)
-        config["dtype"] = str(model.compute_dtype).removeprefix("torch.")
+        config["dtype"] = str(model.product_dtype).removeprefix("torch.")
         (work / "config.json").write_text(json.dumps(config, indent=2))
         for name in TOKENIZER_FILES:
             if (source / name).exists():

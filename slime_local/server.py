@@ -203,7 +203,8 @@ def run(args: argparse.Namespace) -> int:
     options = {"seed": args.seed, "own_thread": False}
     engine = Engine(model, tokenizer, args.context_length, args.max_running_requests, **options)
     with serve(engine, args.host, args.port, args.model_path) as (host, port):
-        print(f"serving {args.model_path} on http://{host}:{port} ({model.device}, {model.compute_dtype})", flush=True)
+        dtypes = f"{model.compute_dtype}, products {model.product_dtype}"
+        print(f"serving {args.model_path} on http://{host}:{port} ({model.device}, {dtypes})", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             engine.run()
     return 0

@@ -20,6 +20,8 @@ from slime_local.model import load_model
 from slime_local.prefixes import common_prefix
 from slime_local.server import serve
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model_dir):
@@ -52,6 +54,24 @@ def reference_logprobs(model, prompt, output, temperature=1.0):
 
 def logprobs(answer):
     return torch.tensor([pair[0] for pair in answer["meta_info"]["output_token_logprobs"]])
+
+
+@pytest.mark.skipif(not kernels.available(torch.float32, torch.bfloat16, CPU), reason="no bf16 vectors here")
+async def test_log_probs_with_products_in_bf16_are_the_trainers(tiny_model_dir, tokenizer):
+    """Engine and trainer multiply the same rounded numbers; what differs is the order of fp32 sums, which now and
+    then rounds another way."""
+    model = load_model(tiny_model_dir, torch.float32, "cpu", torch.bfloat16)
+    engine = Engine(model.requires_grad_(False), tokenizer, max_context=256, max_running=4)
+    try:
+        ids, gaps = list(range(20)), []
+        for turn in range(5):
+            answer = await engine.generate(request(ids, temperature=1.0, sampling_seed=turn))
+            gaps.append(logprobs(answer) - reference_logprobs(model, ids, answer["output_ids"]))
+            ids = ids + answer["output_ids"] + [turn, 3, 5]
+    finally:
+        engine.close()
+    gaps = torch.cat(gaps).abs()
+    assert gaps.mean() < 2e-3 and gaps.max() < 2e-2
 
 
 async def test_log_probs_over_turns_equal_a_full_forward(model, engine):

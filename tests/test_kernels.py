@@ -14,7 +14,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from slime_local import compiled_decoder, kernels
 from slime_local.compiled_decoder import CompiledDecoder, fits
 from slime_local.kept_attention import KeptAttention
-from slime_local.model import Transformer
+from slime_local.model import Linear, Transformer
 from slime_local.prefixes import decode_plan
 
 CPU = torch.device("cpu")
@@ -36,15 +36,48 @@ def test_products_are_torchs(m, n_out, n_in, bias):
     torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, added), atol=1e-4, rtol=1e-4)
 
 
+def has_bf16() -> bool:
+    return kernels.library() is not None and bool(kernels.library().has_bf16())
+
+
+needs_bf16 = pytest.mark.skipif(not has_bf16(), reason="this CPU multiplies no bf16 vectors")
+
+
+@needs_bf16
+@settings(max_examples=60, deadline=None)
+@given(m=st.integers(0, 40), n_out=st.integers(1, 100), n_in=st.integers(1, 70), bias=st.booleans())
+def test_products_in_bf16_round_what_goes_in_and_nothing_else(m, n_out, n_in, bias):
+    x, weight = torch.randn(m, n_in), torch.randn(n_out, n_in)
+    added = torch.randn(n_out) if bias else None
+    found = kernels.product(x, kernels.panels(weight, torch.bfloat16), n_out, added)
+    expected = torch.nn.functional.linear(x.bfloat16().float(), weight.bfloat16().float(), added)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_bf16
+def test_a_trained_product_in_bf16_is_the_engines_and_its_gradients_are_near():
+    """The same bits as without a gradient; gradients within bf16's rounding of the exact ones."""
+    layer, x = Linear(96, 64, torch.bfloat16), torch.randn(33, 96, requires_grad=True)
+    torch.nn.init.normal_(layer.weight, std=0.2)
+    trained = layer(x)
+    assert torch.equal(trained.detach(), layer(x.detach().requires_grad_(False)).detach())
+    with torch.no_grad():
+        assert torch.equal(trained, layer(x))
+    direction = torch.randn_like(trained)
+    trained.backward(direction)
+    for found, expected in ((x.grad, direction @ layer.weight), (layer.weight.grad, direction.t() @ x)):
+        assert (found - expected).norm() < 0.01 * expected.norm()
+
+
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
-def random_model(family: str, group: int, dim: int) -> Transformer:
+def random_model(family: str, group: int, dim: int, products: torch.dtype | None = None) -> Transformer:
     shape = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "vocab_size": 50, "head_dim": dim}
     shape |= {"num_attention_heads": 2 * group, "num_key_value_heads": 2, "tie_word_embeddings": True}
     config = CONFIGS[family](**shape, max_position_embeddings=4096)
     config.head_dim = dim
-    model = Transformer(config).requires_grad_(False)
+    model = Transformer(config, product_dtype=products).requires_grad_(False)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
@@ -106,6 +139,17 @@ def test_any_step_is_torchs(sequences, appends, spared, family, group, dim):
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@needs_bf16
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_a_step_with_products_in_bf16(monkeypatch, family):
+    """Beside torch's layers, whose products round what comes out as well: bf16 has 8 bits."""
+    sequences = sorted([[0] * 20, [0] * 12, [1] * 7])
+    model = random_model(family, 2, 32, torch.bfloat16)
+    assert fits(model)
+    for found, expected in zip(*both(model, monkeypatch, sequences, [(0, 30), (9, 12)]), strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()
+
+
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2])
 def test_long_contexts_and_long_appends(monkeypatch, threads):
@@ -161,8 +205,8 @@ def test_sampling_is_torchs(n, rows, spread):
 
 def test_what_does_not_fit_is_left_to_torch(monkeypatch):
     assert not fits(random_model("llama", 1, 24))  # not a multiple of 16
-    assert not kernels.available(torch.bfloat16, CPU)
-    assert not kernels.available(torch.float32, torch.device("cuda"))
+    assert not kernels.available(torch.bfloat16, torch.bfloat16, CPU)
+    assert not kernels.available(torch.float32, torch.float32, torch.device("cuda"))
     monkeypatch.setenv(kernels.SWITCH, "0")
     assert not fits(random_model("llama", 1, 16))
 

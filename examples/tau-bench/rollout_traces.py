@@ -46,6 +46,7 @@ from tau2_mock import POOL_DOMAIN, far_from_tests
 from tau2_results import read_result
 
 FOLDERS = (".", "rollouts", "rollout_data")
+NOT_SOLVED = "not solved"
 ERROR = "Error:"  # how tau2's tool results begin that are errors
 TELECOM = "telecom"
 
@@ -77,6 +78,9 @@ class Traces:
     turns: Counter = field(default_factory=Counter)  # trained, refused (by a tool), other_ids
     exact: int = 0  # rows in which every turn has the sampled ids,
     compared: int = 0  # of those whose ids could be compared
+    failed: dict[str, list[Recorded]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # by task, for mended_traces.py
 
     def add(self, row: dict, turns: Counter, compared: bool) -> None:
         if not turns["trained"]:
@@ -108,6 +112,8 @@ def read_traces(
             usable[episode.task_id].append(episode)
         else:
             traces.dropped[reason] += 1
+            if reason.startswith(NOT_SOLVED) and forbidden.why(episode.task_id) is None:
+                traces.failed[episode.task_id].append(episode)
     chosen = {task_id: _best(episodes, per_task, traces.dropped) for task_id, episodes in usable.items()}
     for episode in in_turns(chosen, seed):
         compared = template is not None and episode.sampled is not None
@@ -137,11 +143,11 @@ def _dialogue(episode: Recorded) -> str:
 
 
 def _length(episode: Recorded) -> tuple[int, int]:
-    turns = _agent_turns(episode.messages)
+    turns = agent_turns(episode.messages)
     return len(turns), sum(len(json.dumps([turn.get("tool_calls"), turn["content"]])) for turn in turns)
 
 
-def _agent_turns(messages: list[dict]) -> list[dict]:
+def agent_turns(messages: list[dict]) -> list[dict]:
     """Those behind the greeting."""
     return [message for message in messages[1:] if message["role"] == "assistant"]
 
@@ -173,12 +179,12 @@ def _why_not(episode: Recorded, domain: str, forbidden: _Forbidden, has_template
     if episode.domain != domain:
         return "other domain"
     if not record.get("solved"):
-        return f"not solved, {record['end_reason']}"
+        return f"{NOT_SOLVED}, {record['end_reason']}"
     return forbidden.why(episode.task_id) or _bad_example(episode, has_template)
 
 
 def _bad_example(episode: Recorded, has_template: bool) -> str | None:
-    record, turns = episode.record, _agent_turns(episode.messages)
+    record, turns = episode.record, agent_turns(episode.messages)
     if not turns:
         return "no agent turn"
     if record.get("customer_tool_calls"):
@@ -226,7 +232,7 @@ def _mark_untrained(
     """Sets "step_loss_mask": 0 on the turns that are not to be trained; how many there are of each kind."""
     kinds: Counter[str] = Counter()
     refused = _refused(messages)
-    for number, turn in enumerate(_agent_turns(messages)):
+    for number, turn in enumerate(agent_turns(messages)):
         differs = template is not None and rendered_ids(template, turn) != sampled[number]
         kind = "other_ids" if differs else "refused" if id(turn) in refused else "trained"
         kinds[kind] += 1

@@ -113,7 +113,7 @@ GRPO_ARGS=(
    --advantage-estimator grpo
    --eps-clip 0.2
    --eps-clip-high 0.28
-   --use-rollout-logprobs # the engine's equal the trainer's here: they share one model
+   --use-rollout-logprobs # the engine shares the model with the trainer: its log-probs are the same but for rounding
    --lr 1e-5
    --lr-decay-style constant
    --load "$GRPO_DIR"

@@ -528,7 +528,38 @@ def traces_from_rollouts(args: argparse.Namespace) -> tuple[list[dict], Counter]
     print(f"turns: {_counts(found.turns) or 'none'}")
     if found.compared:
         print(f"{found.exact} of {found.compared} dialogues have the sampled ids in every turn")
-    return found.rows, +found.dropped
+    if not args.mend:
+        return found.rows, +found.dropped
+    mended, dropped = mended_rows(found.failed, args)
+    rows = [*found.rows, *mended]
+    random.Random(args.seed).shuffle(rows)  # both kinds throughout the training
+    return rows, +(found.dropped + dropped)
+
+
+def mended_rows(failed: dict[str, list], args: argparse.Namespace) -> tuple[list[dict], Counter]:
+    """Rows of failed episodes that the scripted teacher has mended, and why others are none."""
+    from mended_traces import mend
+
+    mended, dropped = mend(failed, args.mend, args.style, args.wordings, args.keep_mistakes)
+    rows = []
+    for one in mended:
+        if one.mistake is not None:
+            own = [message for message in one.episode.messages[2:] if message["role"] == "assistant"]
+            own[one.mistake]["step_loss_mask"] = 0
+        row = make_row(one.episode, {"split": one.recorded.split}, one.config)
+        row["metadata"]["source"] = {
+            "rollouts": one.recorded.source,
+            "sample": one.recorded.sample,
+            "own_turns": one.own_turns,
+            "mistake": one.mistake,
+        }
+        if holds_control_text(row["prompt"]):
+            dropped["control token in a text"] += 1
+        else:
+            rows.append(row)
+    with_mistake = sum(one.mistake is not None for one in mended)
+    print(f"mended: {len(rows)} episodes, {with_mistake} with the model's mistake in them")
+    return rows, dropped
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -611,6 +642,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     hub.add_argument("--from-hub-file", type=Path, help=f"convert this copy of {HUB_FILE}")
     hub.add_argument("--from-hub", action="store_true", help=f"convert {HUB_REPO} from the hub")
     hub.add_argument("--from-rollouts", type=Path, nargs="+", metavar="RUN", help="keep solved episodes of these runs")
+    add(
+        "--mend",
+        type=positive,
+        metavar="N",
+        help="rollouts: and N failed ones of a task, mended by the scripted teacher",
+    )
+    add(
+        "--keep-mistakes",
+        action="store_true",
+        help="--mend: with the model's mistake, untrained, before its correction",
+    )
     add("--per-task", type=positive, default=2, help="rollouts: at most so many episodes of a task (default: 2)")
     add("--tokenizer", type=Path, help="rollouts: HF folder of the model; turns with other ids are not trained")
     add("--keep-thinking", action="store_true", help="hub rows: keep the thoughts, as reasoning_content")
