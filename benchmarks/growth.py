@@ -29,11 +29,10 @@ STEPS = 8
 def main() -> None:
     args = parser(__doc__).parse_args()
     huge_pages()
-    import torch
 
     from slime_local.model import load_model
 
-    model = load_model(smollm2_dir(), torch.float32, "cpu")
+    model = load_model(smollm2_dir(), device="cpu")
     curves: dict[str, tuple[tuple[int, ...], Callable[[int], Callable]]] = {
         "live episodes": ((1, 2, 4, 8, 16, 32), lambda n: our_run(model, n, STEPS, CONTEXT)),
         "group size": ((1, 2, 4, 8, 16), lambda n: group_run(model, n)),
@@ -89,7 +88,6 @@ def group_run(model, size: int):
 
 def training_run(length: int):
     """Seconds of one optimizer step on one dialogue of `length` tokens, a fifth of them trained."""
-    import torch
 
     from slime_local.model import load_model
     from slime_local.trainer import Trainer
@@ -97,7 +95,7 @@ def training_run(length: int):
     changes = {"loss_type": "sft_loss", "calculate_per_token_loss": True, "rollout_batch_size": 1, "lr": 1e-5}
     changes |= {"global_batch_size": 1, "use_dynamic_batch_size": True, "max_tokens_per_gpu": 8192}
     folder = smollm2_dir()
-    trainer = Trainer(flags(folder, **changes, lr_decay_style="constant"), load_model(folder, torch.float32), 1000)
+    trainer = Trainer(flags(folder, **changes, lr_decay_style="constant"), load_model(folder, device="cpu"), 1000)
     mask = [int(i % 5 == 0) for i in range(length - 1)]
     rollout = {"tokens": [list(range(length))], "response_lengths": [length - 1], "loss_masks": [mask]}
     return lambda: trainer.train(0, rollout)

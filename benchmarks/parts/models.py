@@ -8,17 +8,18 @@ from common import smollm2_dir
 
 
 def both_models(shape: str, device: str):
-    """(slime_local's, transformers'): SmolLM2-135M-Instruct in fp32, or a random model of Qwen3-4B's shape in bf16."""
-    import torch
+    """(slime_local's, transformers'): SmolLM2-135M-Instruct, or a random model of Qwen3-4B's shape.
+
+    transformers' is in the dtype of our matrix products."""
     from transformers import AutoModelForCausalLM
 
     from slime_local.model import load_model
 
-    dtype = torch.float32 if shape == "smollm2" else torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:
         path = smollm2_dir() if shape == "smollm2" else random_qwen3_4b(folder)
-        ours = load_model(path, dtype, device).requires_grad_(False)
-        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device).eval()
+        ours = load_model(path, device=device).requires_grad_(False)
+        options = {"dtype": ours.product_dtype, "trust_remote_code": False}
+        theirs = AutoModelForCausalLM.from_pretrained(path, **options).to(device).eval()
     return ours, theirs
 
 

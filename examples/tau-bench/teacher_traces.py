@@ -28,6 +28,8 @@ test tasks and rows that cannot be converted are dropped; the reasons are counte
     --from-rollouts RUN [RUN ...] --per-task 2 --tokenizer HF_FOLDER
 
 keeps the model's own solved episodes (rejection sampling), in LOCAL_DIR/rollout_traces.jsonl: see rollout_traces.py.
+With --mend N the scripted teacher also plays on where the model went wrong, in N failed episodes of a task at most:
+see mended_traces.py.
 """
 
 from __future__ import annotations
@@ -523,6 +525,8 @@ def traces_from_rollouts(args: argparse.Namespace) -> tuple[list[dict], Counter]
     from rollout_traces import read_traces
 
     EpisodeConfig(args.domain, user="unknown").validate()
+    if args.mend and not is_telecom(args.domain):
+        raise BadInput(f"--mend: the scripted teacher follows telecom's policy only, not {args.domain}'s")
     template = load_chat_template(str(args.tokenizer)) if args.tokenizer else None
     found = read_traces(args.from_rollouts, args.domain, args.per_task, args.seed, template, holds_control_text)
     print(f"turns: {_counts(found.turns) or 'none'}")
@@ -557,8 +561,12 @@ def mended_rows(failed: dict[str, list], args: argparse.Namespace) -> tuple[list
             dropped["control token in a text"] += 1
         else:
             rows.append(row)
-    with_mistake = sum(one.mistake is not None for one in mended)
-    print(f"mended: {len(rows)} episodes, {with_mistake} with the model's mistake in them")
+    kept = sum(one.mistake is not None for one in mended)
+    followed = sum(one.own_turns for one in mended) / max(1, len(mended))
+    print(
+        f"mended: {len(rows)} episodes, {kept} with the model's mistake; it had followed the {args.style} teacher for"
+    )
+    print(f"        {followed:.1f} turns in the mean")
     return rows, dropped
 
 
@@ -678,6 +686,10 @@ def _counts(counter: Counter) -> str:
 
 def make_traces(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal | None]:
     """Rows, drop reasons, and the journal to remove at the end, from where the flags say."""
+    if args.keep_mistakes and not args.mend:
+        raise BadInput("--keep-mistakes belongs to --mend N")
+    if args.mend and not args.from_rollouts:
+        raise BadInput("--mend belongs to --from-rollouts RUN: it mends the episodes that failed there")
     if args.from_rollouts:
         return *traces_from_rollouts(args), None
     if args.from_hub or args.from_hub_file:
