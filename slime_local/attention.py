@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slime_local import kernels
+
 
 def attend_paths(
     q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]], dtype: torch.dtype | None = None
@@ -61,40 +63,55 @@ def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 class BlockAttention(torch.autograd.Function):
     """`attend_causal` for training on a CPU, where the fused kernel's backward was measured several times slower.
 
-    The fused kernel runs forward; backward is plain matrix products over blocks of ATTENTION_ROWS queries, whose
-    scores stay in cache and are computed again (FlashAttention, arXiv 2205.14135, section 3.1). The scores are as
-    exact as forward; the other products are in `dtype`.
+    Compiled where there are kernels. Otherwise the fused kernel runs forward; backward is plain matrix products over
+    blocks of ATTENTION_ROWS queries, whose scores stay in cache and are computed again (FlashAttention, arXiv
+    2205.14135, section 3.1). The scores are as exact as forward; the other products of backward are in `dtype`.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-        n, kv, group, dim = q.shape
-        heads = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
-        keys, values = (x.transpose(0, 1).repeat_interleave(group, 0)[None] for x in (k, v))
-        out, sums = _fused(heads, keys, values)
-        out = out.view(kv, group, n, dim).transpose(1, 2)
-        sums = sums.view(kv, group, n).transpose(1, 2)
-        ctx.dtype = dtype
-        ctx.save_for_backward(q.permute(1, 0, 2, 3) * dim**-0.5, k.transpose(0, 1), v.transpose(0, 1), out, sums)
-        return out.transpose(0, 1)
+        ctx.dtype, ctx.compiled = dtype, kernels.attends(q, k, torch.float32)
+        if ctx.compiled:
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+            out, sums = kernels.attend(q, k, v)
+        else:
+            out, sums = _fused_attention(q, k, v)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, sums = ctx.saved_tensors
-        grad = grad.transpose(0, 1)
-        inner = (grad * out).sum(-1)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        rounded_q, rounded_k, rounded_v, rounded_grad = (x.to(ctx.dtype) for x in (q, k, v, grad))
-        for rows, keys in _blocks(q, k):
-            q_rows, grad_rows = _flat(rounded_q[:, rows]), _flat(rounded_grad[:, rows])
-            scores = _scores(q[:, rows], k[:, keys])
-            weights = scores.sub_(sums[:, rows].reshape(*scores.shape[:2], 1)).exp_()
-            dv[:, keys] += torch.bmm(weights.to(ctx.dtype).transpose(1, 2), grad_rows)
-            scores = torch.bmm(grad_rows, rounded_v[:, keys].transpose(1, 2)).to(v.dtype)
-            scores = scores.sub_(inner[:, rows].reshape(*scores.shape[:2], 1)).mul_(weights).to(ctx.dtype)
-            dq[:, rows] = torch.bmm(scores, rounded_k[:, keys]).view_as(dq[:, rows])
-            dk[:, keys] += torch.bmm(scores.transpose(1, 2), q_rows)
-        return (dq * q.shape[-1] ** -0.5).transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1), None
+        if ctx.compiled and kernels.attends(*ctx.saved_tensors[:2], ctx.dtype) and ctx.dtype == torch.bfloat16:
+            return *kernels.attend_backward(*ctx.saved_tensors, grad.contiguous()), None
+        return *_attention_backward(*ctx.saved_tensors, grad, ctx.dtype), None
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out [n, kv, group, D] and the log-sum-exps [n, kv, group]."""
+    n, kv, group, dim = q.shape
+    heads = q.permute(1, 2, 0, 3).reshape(1, kv * group, n, dim)
+    keys, values = (x.transpose(0, 1).repeat_interleave(group, 0)[None] for x in (k, v))
+    out, sums = _fused(heads, keys, values)
+    return out.view(kv, group, n, dim).permute(2, 0, 1, 3), sums.view(kv, group, n).permute(2, 0, 1)
+
+
+def _attention_backward(q, k, v, out, sums, grad, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by q, k and v."""
+    q, out, grad, sums = (x.transpose(0, 1) for x in (q * q.shape[-1] ** -0.5, out, grad, sums))
+    k, v = k.transpose(0, 1), v.transpose(0, 1)
+    inner = (grad * out).sum(-1)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    rounded_q, rounded_k, rounded_v, rounded_grad = (x.to(dtype) for x in (q, k, v, grad))
+    for rows, keys in _blocks(q, k):
+        q_rows, grad_rows = _flat(rounded_q[:, rows]), _flat(rounded_grad[:, rows])
+        scores = _scores(q[:, rows], k[:, keys])
+        weights = scores.sub_(sums[:, rows].reshape(*scores.shape[:2], 1)).exp_()
+        dv[:, keys] += torch.bmm(weights.to(dtype).transpose(1, 2), grad_rows)
+        scores = torch.bmm(grad_rows, rounded_v[:, keys].transpose(1, 2)).to(v.dtype)
+        scores = scores.sub_(inner[:, rows].reshape(*scores.shape[:2], 1)).mul_(weights).to(dtype)
+        dq[:, rows] = torch.bmm(scores, rounded_k[:, keys]).view_as(dq[:, rows])
+        dk[:, keys] += torch.bmm(scores.transpose(1, 2), q_rows)
+    return (dq * q.shape[-1] ** -0.5).transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
 
 FUSED_ROWS = 256

@@ -22,7 +22,6 @@ from slime_local import kernels
 from slime_local.model import Transformer
 from slime_local.prefixes import Segment
 
-LANES, MAX_DIM = 16, 256  # of kernels.c
 # Most rows of a part: with more, the threads would have too few parts to share fairly.
 PART_ROWS = 64
 
@@ -53,11 +52,8 @@ class Span:
 def fits(model: Transformer) -> bool:
     """Whether the kernels can run this model here."""
     dim = model.decoder.layers[0].self_attention.head_dim
-    return (
-        dim % LANES == 0
-        and dim <= MAX_DIM
-        and kernels.available(model.compute_dtype, model.product_dtype, model.device)
-    )
+    fitting = dim % kernels.LANES == 0 and dim <= kernels.MAX_DIM
+    return fitting and kernels.available(model.compute_dtype, model.product_dtype, model.device)
 
 
 class CompiledDecoder:

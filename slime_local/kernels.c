@@ -9,6 +9,7 @@
    bf16 two inputs stand side by side, [ceil(n_out / PANEL)][ceil(n_in / 2)][PANEL][2]: the CPU multiplies pairs. */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -344,6 +345,224 @@ static void attend(const Model *model, const Step *step, int64_t layer) {
     for (int64_t row = 0; row < step->rows; row++)
         for (int64_t head = 0; head < model->kv_heads * model->group; head++) join_row(model, step, row, head);
 }
+
+/* ---- attention in training -------------------------------------------------------------------------------------- */
+
+#define TILE 32 /* queries of a tile: its scores stay in the second cache */
+
+/* The last n of m positions attend causally: q, out, grad, dq [n][kv][group][D], k, v, dk, dv [m][kv][D], sums
+   [n][kv][group]. Queries are rows r = position * group + member of the group. The panels and the room of each thread
+   are scratch, whose sizes kernels.py knows. */
+typedef struct {
+    int64_t n, m, kv, group, dim;
+    const float *q, *k, *v, *out, *sums, *grad;
+    float *dq, *dk, *dv;
+    float *key_panels;                          /* [kv][m / PANEL][D][PANEL] */
+    bf16 *value_pairs, *key_pairs;              /* [kv][m / PANEL][D / 2][PANEL][2], [kv][D / PANEL][m / 2][PANEL][2] */
+    float *scores;                              /* [threads][2][TILE][m] */
+    bf16 *turned;                               /* [threads][3][TILE][m] */
+    float *sum_dk, *sum_dv;                     /* [threads][kv][m][D], zeros */
+} Attention;
+
+/* Keys of one head, from `key` on, rows `stride` apart, as the panels of a product over D. */
+static void pack_keys(const float *key, int64_t stride, float *panel, int64_t count, int64_t dim) {
+    for (int64_t d = 0; d < dim; d++)
+        for (int64_t c = 0; c < PANEL; c++) panel[d * PANEL + c] = c < count ? key[c * stride + d] : 0.0f;
+}
+
+/* The queries first .. first + rows of one head, times 1 / sqrt(D): tile [rows][D]. */
+static void load_queries(const Attention *a, int64_t head, int64_t first, int64_t rows, float *tile) {
+    float scale = 1 / sqrtf(a->dim);
+    for (int64_t i = 0; i < rows; i++) {
+        const float *from = a->q + (((first + i) / a->group * a->kv + head) * a->group + (first + i) % a->group) * a->dim;
+        for (int64_t d = 0; d < a->dim; d++) tile[i * a->dim + d] = from[d] * scale;
+    }
+}
+
+static int64_t seen_by(const Attention *a, int64_t row) { return a->m - a->n + row / a->group + 1; }
+
+/* scores [rows][m] of a tile over the first `seen` keys. */
+static void score(const Attention *a, int64_t head, const float *tile, int64_t rows, int64_t seen, float *scores) {
+    int64_t panels = (a->m + PANEL - 1) / PANEL, dim = a->dim;
+    for (int64_t j = 0; j < seen; j += PANEL) {
+        int64_t width = a->m - j < PANEL ? a->m - j : PANEL;
+        const float *panel = a->key_panels + (head * panels + j / PANEL) * dim * PANEL;
+        blocks(ROWS, rows, PANEL / LANES, tile, dim, panel, PANEL, 0, 0, scores + j, a->m, dim, width);
+    }
+}
+
+static void pack_all_keys(const Attention *a) {
+    int64_t panels = (a->m + PANEL - 1) / PANEL;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t head = 0; head < a->kv; head++)
+        for (int64_t j = 0; j < panels; j++) {
+            int64_t left = a->m - j * PANEL;
+            pack_keys(a->k + (j * PANEL * a->kv + head) * a->dim, a->kv * a->dim,
+                      a->key_panels + (head * panels + j) * a->dim * PANEL, left < PANEL ? left : PANEL, a->dim);
+        }
+}
+
+void attend_forward(const Attention *a, float *out, float *sums, int64_t threads) {
+    int64_t dim = a->dim, tiles = (a->n * a->group + TILE - 1) / TILE;
+#pragma omp parallel num_threads(threads)
+    {
+        float *scores = a->scores + 2 * TILE * a->m * omp_get_thread_num(), tile[TILE * MAX_DIM], found[TILE * MAX_DIM];
+        pack_all_keys(a);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t t = 0; t < tiles; t++)
+            for (int64_t head = 0; head < a->kv; head++) {
+                int64_t first = (tiles - 1 - t) * TILE, left = a->n * a->group - first; /* the longest first */
+                int64_t rows = left < TILE ? left : TILE, seen = seen_by(a, first + rows - 1);
+                load_queries(a, head, first, rows, tile);
+                score(a, head, tile, rows, seen, scores);
+                for (int64_t i = 0; i < rows; i++) {
+                    int64_t own = seen_by(a, first + i), r = first + i;
+                    sums[(r / a->group * a->kv + head) * a->group + r % a->group] = softmax(scores + i * a->m, own);
+                    for (int64_t j = own; j < seen; j++) scores[i * a->m + j] = 0;
+                }
+                int64_t d = 0, stride = a->kv * dim;
+                const float *value = a->v + head * dim;
+                for (; d + VALUES <= dim; d += VALUES)
+                    blocks(ROWS / 2, rows, VALUES / LANES, scores, a->m, value + d, stride, 0, 0, found + d, dim, seen,
+                           VALUES);
+                for (; d < dim; d += LANES)
+                    blocks(ROWS, rows, 1, scores, a->m, value + d, stride, 0, 0, found + d, dim, seen, LANES);
+                for (int64_t i = 0; i < rows; i++) {
+                    int64_t r = first + i;
+                    memcpy(out + ((r / a->group * a->kv + head) * a->group + r % a->group) * dim, found + i * dim,
+                           dim * sizeof *found);
+                }
+            }
+    }
+}
+
+#if HAS_BF16
+INLINE bf16 rounded_to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* x [count][k], rows `stride` apart, as panels of pairs over the columns: [k / PANEL][count / 2][PANEL][2]; count and k
+   are filled up with zeros to `even` and to whole panels. */
+static void pack_rows(const float *x, int64_t stride, bf16 *pairs, int64_t count, int64_t even, int64_t k) {
+    for (int64_t j = 0; j < k; j += PANEL)
+        for (int64_t i = 0; i < even; i++)
+            for (int64_t c = 0; c < PANEL; c++)
+                pairs[j * even + (i / 2 * PANEL + c) * 2 + (i & 1)] =
+                    i < count && j + c < k ? rounded_to_bf16(x[i * stride + j + c]) : 0;
+}
+
+/* x [count][k] as panels of pairs over the rows: [count / PANEL][k / 2][PANEL][2]. */
+static void pack_columns(const float *x, int64_t stride, bf16 *pairs, int64_t count, int64_t k) {
+    for (int64_t c = 0; c < PANEL; c++)
+        for (int64_t i = 0; i < k; i++)
+            pairs[(i / 2 * PANEL + c) * 2 + (i & 1)] = c < count ? rounded_to_bf16(x[c * stride + i]) : 0;
+}
+
+/* y [m][n] (+)= x [m][k] times panels of pairs, one thread. */
+static void add_product(const bf16 *x, int64_t xs, const bf16 *pairs, float *y, int64_t ys, int64_t m, int64_t n,
+                        int64_t k, int adds) {
+    for (int64_t j = 0; j < n; j += PANEL) {
+        int64_t width = n - j < PANEL ? n - j : PANEL, r = 0;
+        const bf16 *panel = pairs + j * k;
+#define ADD(rows) \
+    block_bf16(rows, x + r * xs, xs, panel, adds ? y + r * ys + j : 0, ys, y + r * ys + j, ys, k, width)
+        for (; m - r >= ROWS; r += ROWS) ADD(ROWS);
+        for (; r < m; r++) ADD(1);
+    }
+}
+
+/* dq, and of each thread its part of dk and dv. FlashAttention, arXiv 2205.14135, algorithm 4. */
+void attend_backward(const Attention *a, int64_t threads) {
+    int64_t dim = a->dim, m = a->m, even = m + (m & 1), panels = (m + PANEL - 1) / PANEL, stride = a->kv * dim;
+    int64_t tiles = (a->n * a->group + TILE - 1) / TILE, wide = (dim + PANEL - 1) / PANEL * PANEL;
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t thread = omp_get_thread_num();
+        float *scores = a->scores + 2 * TILE * m * thread, *by_score = scores + TILE * m;
+        bf16 *by_key = a->turned + 3 * TILE * even * thread, *weight_turned = by_key + TILE * even;
+        bf16 *score_turned = weight_turned + TILE * even;
+        float *dk = a->sum_dk + thread * a->kv * m * dim, *dv = a->sum_dv + thread * a->kv * m * dim;
+        float tile[TILE * MAX_DIM], grad[TILE * MAX_DIM], found[TILE * MAX_DIM];
+        bf16 grad_rows[TILE * MAX_DIM], grad_pairs[TILE * MAX_DIM], query_pairs[TILE * MAX_DIM];
+        pack_all_keys(a);
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t head = 0; head < a->kv; head++)
+            for (int64_t j = 0; j < panels; j++) {
+                int64_t left = m - j * PANEL;
+                pack_columns(a->v + (j * PANEL * a->kv + head) * dim, stride,
+                             a->value_pairs + (head * panels + j) * dim * PANEL, left < PANEL ? left : PANEL, dim);
+            }
+#pragma omp for schedule(static)
+        for (int64_t head = 0; head < a->kv; head++)
+            pack_rows(a->k + head * dim, stride, a->key_pairs + head * wide * even, m, even, dim);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t t = 0; t < tiles; t++)
+            for (int64_t head = 0; head < a->kv; head++) {
+                int64_t first = (tiles - 1 - t) * TILE, left = a->n * a->group - first;
+                int64_t rows = left < TILE ? left : TILE, seen = seen_by(a, first + rows - 1), pairs = seen + (seen & 1);
+                load_queries(a, head, first, rows, tile);
+                score(a, head, tile, rows, seen, scores);
+                for (int64_t i = 0; i < rows; i++) {
+                    int64_t r = first + i, at = (r / a->group * a->kv + head) * a->group + r % a->group;
+                    memcpy(grad + i * dim, a->grad + at * dim, dim * sizeof *grad);
+                    for (int64_t d = 0; d < dim; d++) grad_rows[i * dim + d] = rounded_to_bf16(grad[i * dim + d]);
+                }
+                for (int64_t j = 0; j < seen; j += PANEL)
+                    add_product(grad_rows, dim, a->value_pairs + (head * panels + j / PANEL) * dim * PANEL, by_score + j,
+                                m, rows, m - j < PANEL ? m - j : PANEL, dim, 0);
+                for (int64_t i = 0; i < rows; i++) {
+                    int64_t r = first + i, at = (r / a->group * a->kv + head) * a->group + r % a->group;
+                    float inner = dot(grad + i * dim, a->out + at * dim, dim), sum = a->sums[at];
+                    int64_t own = seen_by(a, r);
+                    float *weight = scores + i * m, *by = by_score + i * m;
+                    for (int64_t j = 0; j < own; j++) {
+                        weight[j] = exponential(weight[j] - sum);
+                        by[j] = weight[j] * (by[j] - inner);
+                    }
+                    for (int64_t j = own; j < seen; j++) weight[j] = by[j] = 0;
+                    for (int64_t j = 0; j < seen; j++) by_key[i * even + j] = rounded_to_bf16(by[j]);
+                    if (seen & 1) by_key[i * even + seen] = 0;
+                }
+                for (int64_t j = 0; j < seen; j++)
+                    for (int64_t i = 0; i < TILE; i++) {
+                        weight_turned[j * TILE + i] = i < rows ? rounded_to_bf16(scores[i * m + j]) : 0;
+                        score_turned[j * TILE + i] = i < rows ? rounded_to_bf16(by_score[i * m + j]) : 0;
+                    }
+                pack_rows(grad, dim, grad_pairs, rows, TILE, dim);
+                pack_rows(tile, dim, query_pairs, rows, TILE, dim);
+                for (int64_t d = 0; d < dim; d += PANEL) {
+                    int64_t width = dim - d < PANEL ? dim - d : PANEL;
+                    add_product(by_key, even, a->key_pairs + head * wide * even + d * even, found + d, dim, rows, width,
+                                pairs, 0);
+                    add_product(weight_turned, TILE, grad_pairs + d * TILE, dv + head * m * dim + d, dim, seen, width,
+                                TILE, 1);
+                    add_product(score_turned, TILE, query_pairs + d * TILE, dk + head * m * dim + d, dim, seen, width,
+                                TILE, 1);
+                }
+                for (int64_t i = 0; i < rows; i++) {
+                    int64_t r = first + i, at = (r / a->group * a->kv + head) * a->group + r % a->group;
+                    for (int64_t d = 0; d < dim; d++) a->dq[at * dim + d] = found[i * dim + d] / sqrtf(dim);
+                }
+            }
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t head = 0; head < a->kv; head++)
+            for (int64_t j = 0; j < m; j++)
+                for (int64_t d = 0; d < dim; d++) {
+                    float by_k = 0, by_v = 0;
+                    for (int64_t i = 0; i < threads; i++) {
+                        by_k += a->sum_dk[((i * a->kv + head) * m + j) * dim + d];
+                        by_v += a->sum_dv[((i * a->kv + head) * m + j) * dim + d];
+                    }
+                    a->dk[(j * a->kv + head) * dim + d] = by_k;
+                    a->dv[(j * a->kv + head) * dim + d] = by_v;
+                }
+    }
+}
+#else
+void attend_backward(const Attention *a, int64_t threads) {}
+#endif
 
 /* ---- sampling --------------------------------------------------------------------------------------------------- */
 

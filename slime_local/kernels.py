@@ -146,6 +146,73 @@ def room_for_rounded(weight: Tensor, rows: int, n_in: int) -> Tensor | None:
     return torch.empty(rows, n_in + n_in % 2, dtype=torch.bfloat16)
 
 
+# ---- attention in training ---------------------------------------------------------------------------------------
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("n", "m", "kv", "group", "dim")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "sums", "grad", "dq", "dk", "dv")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("key_panels", "value_pairs", "key_pairs", "scores", "turned")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("sum_dk", "sum_dv")]
+
+
+TILE, MAX_DIM, LANES = 32, 256, 16  # of kernels.c
+
+
+def attends(q: Tensor, k: Tensor, products: torch.dtype) -> bool:
+    """Whether `attend`, or with `products` in bf16 `attend_backward`, can be called with such tensors."""
+    dim = q.shape[-1]
+    return dim % LANES == 0 and dim <= MAX_DIM and q.dtype == k.dtype and available(q.dtype, products, q.device)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The last n of m positions attend causally, in fp32: q [n, kv, group, D], k and v [m, kv, D], all contiguous ->
+    out [n, kv, group, D] and the log-sum-exps [n, kv, group]. D: a multiple of LANES, at most MAX_DIM."""
+    out, sums = torch.empty_like(q), q.new_empty(q.shape[:3])
+    panels, threads = _panels_of(len(k)), torch.get_num_threads()
+    key_panels = q.new_empty(k.shape[1] * panels * k.shape[2])
+    scores = q.new_empty(threads * 2 * TILE * len(k))
+    step = _attention(q, k, v, key_panels=key_panels, scores=scores)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (out, sums)]
+    library().attend_forward(ctypes.byref(step), *pointers, ctypes.c_int64(threads))
+    return out, sums
+
+
+def attend_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by q, k and v of `attend`, given that by `out`: scores in fp32, the other products in bf16."""
+    (m, kv, dim), threads = k.shape, torch.get_num_threads()
+    panels, even, wide = _panels_of(m), m + m % 2, _panels_of(dim)
+    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    pairs = {"dtype": torch.bfloat16}
+    scratch = {
+        "key_panels": q.new_empty(kv * panels * dim),
+        "value_pairs": q.new_empty(kv * panels * dim, **pairs),
+        "key_pairs": q.new_empty(kv * wide * even, **pairs),
+        "scores": q.new_empty(threads * 2 * TILE * m),
+        "turned": q.new_empty(threads * 3 * TILE * even, **pairs),
+        "sum_dk": q.new_zeros(threads * k.numel()),
+        "sum_dv": q.new_zeros(threads * k.numel()),
+    }
+    names = dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    step = _attention(q, k, v, out=out, sums=sums, grad=grad, **names, **scratch)
+    library().attend_backward(ctypes.byref(step), ctypes.c_int64(threads))
+    return gradients
+
+
+def _panels_of(count: int) -> int:
+    """`count`, filled up to whole panels."""
+    width = library().panel_width()
+    return (count + width - 1) // width * width
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, **tensors: Tensor) -> _Attention:
+    n, kv, group, dim = q.shape
+    pointers = {name: tensor.data_ptr() for name, tensor in {"q": q, "k": k, "v": v, **tensors}.items()}
+    return _Attention(n=n, m=len(k), kv=kv, group=group, dim=dim, **pointers)
+
+
 # ---- sampling ----------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from slime_local import compiled_decoder, kernels
+from slime_local import kernels
 from slime_local.compiled_decoder import CompiledDecoder, fits
 from slime_local.kept_attention import KeptAttention
 from slime_local.model import Linear, Transformer
@@ -67,6 +67,43 @@ def test_a_trained_product_in_bf16_is_the_engines_and_its_gradients_are_near():
     trained.backward(direction)
     for found, expected in ((x.grad, direction @ layer.weight), (layer.weight.grad, direction.t() @ x)):
         assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def reference_attention(q, k, v):
+    """(out, log-sum-exps) of the last n of m positions, in the dtype of q."""
+    n, m = len(q), len(k)
+    scores = torch.einsum("nhgd,mhd->nhgm", q, k) * q.shape[-1] ** -0.5
+    later = torch.ones(n, m, dtype=torch.bool).triu_(1 + m - n)
+    scores = scores.masked_fill(later[:, None, None], float("-inf"))
+    return torch.einsum("nhgm,mhd->nhgd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 80),
+    before=st.integers(0, 70),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 4),
+    dim=st.sampled_from([16, 48, 64, 80, 128]),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_attention_in_training_is_exact_and_its_gradient_near(n, before, kv, group, dim, threads):
+    inputs = torch.randn(n, kv, group, dim), torch.randn(n + before, kv, dim), torch.randn(n + before, kv, dim)
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    expected, expected_sums = reference_attention(*exact)
+    grad, before_threads = torch.randn_like(inputs[0]), torch.get_num_threads()
+    expected.backward(grad.double())
+    torch.set_num_threads(threads)
+    try:
+        out, sums = kernels.attend(*inputs)
+        found = kernels.attend_backward(*inputs, out, sums, grad) if has_bf16() else []
+    finally:
+        torch.set_num_threads(before_threads)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sums.double(), expected_sums, atol=1e-5, rtol=1e-5)
+    for gradient, tensor in zip(found, exact, strict=bool(found)):
+        assert (gradient - tensor.grad).norm() < 0.02 * (tensor.grad.norm() + grad.norm())
 
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -277,5 +314,6 @@ assert (torch.tensor([1e-39]) * 1).item() > 0
 
 def test_the_constants_are_those_of_the_source():
     source = kernels.SOURCE.read_text()
-    assert f"#define LANES {compiled_decoder.LANES} " in source
-    assert f"#define MAX_DIM {compiled_decoder.MAX_DIM} " in source
+    assert f"#define LANES {kernels.LANES} " in source
+    assert f"#define MAX_DIM {kernels.MAX_DIM} " in source
+    assert f"#define TILE {kernels.TILE} " in source
