@@ -87,6 +87,13 @@ def measure(
     return seconds
 
 
+def with_the_faster(seconds: dict[str, list[float]], peer: str) -> tuple[dict[str, list[float]], str]:
+    """Of the sides beside "ours" only the fastest, called `peer`; and what its name was."""
+    others = {name: values for name, values in seconds.items() if name != "ours"}
+    fastest = min(others, key=lambda name: statistics.median(others[name]))
+    return {peer: others[fastest], "ours": seconds["ours"]}, fastest
+
+
 def timed(run: Callable[[], Any], sync: Callable[[], None] = lambda: None) -> float:
     """Seconds of one call, or the `Seconds` that it returns."""
     sync()

@@ -8,9 +8,9 @@ from common import smollm2_dir
 
 
 def both_models(shape: str, device: str):
-    """(slime_local's, transformers'): SmolLM2-135M-Instruct, or a random model of Qwen3-4B's shape.
-
-    transformers' is in the dtype of our matrix products."""
+    """(slime_local's, {dtype: transformers'}): SmolLM2-135M-Instruct, or a random model of Qwen3-4B's shape. On a CPU
+    transformers' comes in fp32 and bf16, for either can be the faster one."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     from slime_local.model import load_model
@@ -18,8 +18,10 @@ def both_models(shape: str, device: str):
     with tempfile.TemporaryDirectory() as folder:
         path = smollm2_dir() if shape == "smollm2" else random_qwen3_4b(folder)
         ours = load_model(path, device=device).requires_grad_(False)
-        options = {"dtype": ours.product_dtype, "trust_remote_code": False}
-        theirs = AutoModelForCausalLM.from_pretrained(path, **options).to(device).eval()
+        theirs = {}
+        for dtype in (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16):
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+            theirs[str(dtype).removeprefix("torch.")] = loaded.to(device).eval()
     return ours, theirs
 
 
