@@ -4,8 +4,8 @@
     python benchmarks/prefill.py --quick     # 2 prompts; 16 episodes
     python benchmarks/prefill.py --device cuda --shape qwen3-4b    # random weights, bf16; not tried on a GPU
 
-transformers reads one prompt or one append after the other, in fp32 and in bf16; the faster one counts. Ours takes all at once; no two requests share a prefix.
-The share of the matrix rate counts the weights' products only.
+transformers reads one prompt or one append after the other, in fp32 and in bf16; the faster one counts. Ours takes all
+at once; no two requests share a prefix. The share of the matrix rate counts the weights' products only.
 """
 
 from __future__ import annotations
