@@ -5,7 +5,7 @@
     python benchmarks/decode.py --device cuda --shape qwen3-4b    # random weights in bf16; has not been tried on a GPU
 
 The median of the steps of a run counts, without the reading of the prompts: keys and values are put there, random ones
-for both sides. transformers computes in fp32 and in bf16, and the faster one counts. No two requests share a prefix, so
+for both sides. transformers computes in fp32 and in bf16, and the faster one counts. No requests share a prefix, so
 ours reads everything too. At batch 1 the bound is the time to read weights, keys and values once at this machine's
 measured bandwidth.
 """
