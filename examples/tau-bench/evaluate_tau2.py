@@ -32,6 +32,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -303,8 +304,10 @@ def run_owed(args: argparse.Namespace, config: EpisodeConfig, owed: list, rows: 
     with contextlib.ExitStack() as stack:
         make_agent, alive, changed = _scripted(args), lambda: True, lambda: None
         if args.agent == CHECKPOINT:
-            template = load_chat_template(args.checkpoint)
-            server = stack.enter_context(running_server(args))
+            with ThreadPoolExecutor() as pool:  # the server takes seconds to start
+                loading = pool.submit(load_chat_template, args.checkpoint)
+                server = stack.enter_context(running_server(args))
+                template = loading.result()
             make_agent, alive = token_agents(args, template, server), server.alive
             changed = functools.partial(weights_changed, server, args.checkpoint, fingerprint(Path(args.checkpoint)))
         if args.agent == chat_agent.CHAT:
