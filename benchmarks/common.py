@@ -5,7 +5,8 @@
 A benchmark is a script that measures both sides in one process (or one call), and ends with `write_result`:
 
     seconds = measure({"ours": run_ours, "tau2": run_theirs}, repeats=9)
-    write_result("episode-gym", "one scripted episode ...", seconds, ratio=ratio(seconds, "tau2", "ours"), target=300)
+    found = ratio(seconds, "tau2", "ours")
+    write_result("episode-gym", "one scripted episode ...", seconds, folder=args.results, ratio=found, target=300)
 
 `benchmarks/results/NAME.json` then holds it, and `python benchmarks/run_all.py --table` prints the README's table.
 """
@@ -127,6 +128,7 @@ def write_result(
     question: str,
     sides: dict[str, Sequence[float] | float],
     *,
+    folder: Path,
     unit: str = "s",
     ratio: Spread | None = None,
     value: float | Spread | None = None,
@@ -135,7 +137,6 @@ def write_result(
     quick: bool = False,
     packages: Sequence[str] = (),
     details: dict[str, Any] | None = None,
-    folder: Path = RESULTS,
 ) -> dict[str, Any]:
     """Writes `folder`/NAME.json in one piece, prints its line, and returns it.
 

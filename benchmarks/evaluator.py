@@ -313,6 +313,7 @@ def slow_server(name: str, folder: Path, table: Path, turns: list[int], args: ar
         target=1.15,
         at_most=True,
         quick=args.quick,
+        folder=args.results,
         packages=["aiohttp"],
         details={
             "agent_turns": sum(turns) * trials,
@@ -357,6 +358,7 @@ def compare(name: str, what: str, sides: dict, trials: int, target: float | None
         ratio=ratio(seconds, "tau2 run", "evaluate_tau2.py"),
         target=target,
         quick=args.quick,
+        folder=args.results,
         packages=["aiohttp", "litellm"],
         details={"concurrency": CONCURRENCY, "episodes": 40 * trials},
     )
