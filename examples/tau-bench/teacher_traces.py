@@ -82,23 +82,26 @@ MOST = 1_000_000  # episodes, or what else is counted on the command line
 
 
 def draw_tasks(rows: list[dict], count: int, mix: dict[str, int] | None, seed: int) -> list[dict]:
-    """`count` task rows in a seeded order that uses every task once before any twice.
+    """`count` rows, of tasks or of dialogues, in a seeded order that uses every row once before any twice.
 
     With a `mix` of weights, kinds of tasks take turns so often, however many tasks each has (an issue type that it
     does not name: once). Raises BadInput when no task is of a kind that it names."""
     rng = random.Random(seed)
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        groups.setdefault("all" if mix is None else _kind(row["task"]["id"], mix), []).append(row)
+        groups.setdefault("all" if mix is None else _kind(_task_id(row), mix), []).append(row)
     if missing := [kind for kind in mix or {} if kind not in groups]:
-        known = sorted(
-            {name for row in rows for name in (issue_type(row["task"]["id"]), *sub_issues(row["task"]["id"]))}
-        )
+        ids = {_task_id(row) for row in rows}
+        known = sorted({name for task_id in ids for name in (issue_type(task_id), *sub_issues(task_id))})
         raise BadInput(f"--mix: no task is of the kind {missing[0]!r}; they are: {', '.join(known)}")
     decks = {kind: _deal(groups[kind], rng) for kind in sorted(groups)}
     weights = {kind: (mix or {}).get(kind, 1) for kind in decks}
     turns = [kind for turn in range(max(weights.values())) for kind in decks if turn < weights[kind]]
     return [next(decks[kind]) for kind in itertools.islice(itertools.cycle(turns), count)]
+
+
+def _task_id(row: dict) -> str:
+    return row["task"]["id"] if "task" in row else row["metadata"]["task_id"]
 
 
 def _kind(task_id: str, mix: dict[str, int]) -> str:
@@ -532,12 +535,22 @@ def traces_from_rollouts(args: argparse.Namespace) -> tuple[list[dict], Counter]
     print(f"turns: {_counts(found.turns) or 'none'}")
     if found.compared:
         print(f"{found.exact} of {found.compared} dialogues have the sampled ids in every turn")
-    if not args.mend:
-        return found.rows, +found.dropped
-    mended, dropped = mended_rows(found.failed, args)
-    rows = [*found.rows, *mended]
-    random.Random(args.seed).shuffle(rows)  # both kinds throughout the training
-    return rows, +(found.dropped + dropped)
+    rows, dropped = found.rows, found.dropped
+    if args.mend:
+        mended, reasons = mended_rows(found.failed, args)
+        rows, dropped = rows + mended, dropped + reasons
+    rows += [row for path in args.replay for row in read_replay(path)]
+    if args.mend or args.replay or args.mix or args.num_traces:  # all kinds throughout the training
+        rows = draw_tasks(rows, args.num_traces or len(rows), args.mix, args.seed)
+    return rows, +dropped
+
+
+def read_replay(path: Path) -> list[dict]:
+    """Rows of an earlier call of this script. Raises BadInput."""
+    rows = read_jsonl(path)
+    if not all({"prompt", "tools", "metadata"} <= row.keys() and "task_id" in row["metadata"] for row in rows):
+        raise BadInput(f"--replay {path}: give a file that teacher_traces.py has written")
+    return rows
 
 
 def mended_rows(failed: dict[str, list], args: argparse.Namespace) -> tuple[list[dict], Counter]:
@@ -624,7 +637,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--domain", default="telecom")
     add("--prompt", choices=PROMPTS, default="official", help="system prompt profile (default: official)")
     add("--tasks", type=Path, nargs="+", help="files of tau2_mock.py (default: LOCAL_DIR/DOMAIN_train_tasks.jsonl)")
-    add("--num-traces", type=positive, help="episodes to run; those that fail are dropped (default: EPOCHS x tasks)")
+    add(
+        "--num-traces",
+        type=positive,
+        help="episodes to run, or rollouts' rows to write (default: EPOCHS x tasks, all)",
+    )
     add("--epochs", type=positive, default=1, help="episodes per task (default: 1)")
     add(
         "--mix", type=mix_weights, metavar="KIND=N,...", help="draw issue types, or tasks with a sub-issue, by weights"
@@ -661,6 +678,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="--mend: with the model's mistake, untrained, before its correction",
     )
+    add("--replay", type=Path, nargs="+", default=[], metavar="ROWS", help="rollouts: and rows of these files")
     add("--per-task", type=positive, default=2, help="rollouts: at most so many episodes of a task (default: 2)")
     add("--tokenizer", type=Path, help="rollouts: HF folder of the model; turns with other ids are not trained")
     add("--keep-thinking", action="store_true", help="hub rows: keep the thoughts, as reasoning_content")
@@ -690,6 +708,8 @@ def make_traces(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal 
         raise BadInput("--keep-mistakes belongs to --mend N")
     if args.mend and not args.from_rollouts:
         raise BadInput("--mend belongs to --from-rollouts RUN: it mends the episodes that failed there")
+    if args.replay and not args.from_rollouts:
+        raise BadInput("--replay belongs to --from-rollouts RUN: its rows are mixed with those of the rollouts")
     if args.from_rollouts:
         return *traces_from_rollouts(args), None
     if args.from_hub or args.from_hub_file:
