@@ -576,10 +576,7 @@ def mended_rows(failed: dict[str, list], args: argparse.Namespace) -> tuple[list
             rows.append(row)
     kept = sum(one.mistake is not None for one in mended)
     followed = sum(one.own_turns for one in mended) / max(1, len(mended))
-    print(
-        f"mended: {len(rows)} episodes, {kept} with the model's mistake; it had followed the {args.style} teacher for"
-    )
-    print(f"        {followed:.1f} turns in the mean")
+    print(f"mended: {len(rows)} episodes, {kept} with the model's mistake, at turn {followed + 1:.1f} in the mean")
     return rows, dropped
 
 
