@@ -1,7 +1,6 @@
 """Failed episodes that the scripted teacher mends: rows of --from-rollouts RUN --mend N."""
 
 import asyncio
-import json
 
 import pytest
 from test_rollout_traces import BY_TYPE, NaturalTeacher, make, roll_out, teacher_row, template  # noqa: F401
@@ -66,19 +65,13 @@ def test_solved_and_mended_rows_are_mixed_and_the_same_every_time(make, failed, 
     assert (tmp_path / "rollout_traces.jsonl").read_bytes() == first
 
 
-def test_replayed_rows_are_drawn_among_the_others_by_kind(make, failed, tmp_path, capsys):  # noqa: F811
-    old = tmp_path / "old.jsonl"
-    rows, _ = make(failed, flags=MENDED)
-    replayed = [{**row, "metadata": {**row["metadata"], "source": "before"}} for row in rows]
-    old.write_text("".join(json.dumps(row) + "\n" for row in replayed))
-    mix = ["--replay", old, "--mix", "service_issue=2,mms_issue=1,mobile_data_issue=1", "--num-traces", "16"]
-    rows, _ = make(failed, flags=[*MENDED, *mix])
+def test_rows_are_drawn_by_kind(make, failed, smol_dir, template):  # noqa: F811
+    solved = roll_out(smol_dir, NaturalTeacher(template), BY_TYPE.values(), template)
+    mix = ["--mix", "service_issue=2,mms_issue=1,mobile_data_issue=1", "--num-traces", "16"]
+    rows, _ = make(failed, solved, flags=[*MENDED, *mix])
     kinds = [issue_type(row["metadata"]["task_id"]) for row in rows]
     assert len(rows) == 16 and kinds.count("service_issue") == 8 and kinds.count("mms_issue") == 4
-    assert {row["metadata"]["source"] == "before" for row in rows[:8]} == {True, False}
-    old.write_text('{"prompt": []}\n')
-    _, output = make(failed, flags=[*MENDED, "--replay", old], code=2)
-    assert "give a file that teacher_traces.py has written" in output
+    assert {"own_turns" in row["metadata"]["source"] for row in rows[:8]} == {True, False}
 
 
 def test_each_task_gives_at_most_n_different_rows(make, failed):  # noqa: F811
@@ -90,7 +83,6 @@ def test_each_task_gives_at_most_n_different_rows(make, failed):  # noqa: F811
     ("flags", "told"),
     [
         (["--keep-mistakes", "--from-rollouts", "x.json"], "--keep-mistakes belongs to --mend N"),
-        (["--replay", "rows.jsonl"], "--replay belongs to --from-rollouts RUN"),
         (["--mend", "1"], "--mend belongs to --from-rollouts RUN"),
         (["--mend", "1", "--from-rollouts", "x.json", "--domain", "retail"], "follows telecom's policy only"),
     ],

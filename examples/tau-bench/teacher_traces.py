@@ -539,18 +539,9 @@ def traces_from_rollouts(args: argparse.Namespace) -> tuple[list[dict], Counter]
     if args.mend:
         mended, reasons = mended_rows(found.failed, args)
         rows, dropped = rows + mended, dropped + reasons
-    rows += [row for path in args.replay for row in read_replay(path)]
-    if args.mend or args.replay or args.mix or args.num_traces:  # all kinds throughout the training
+    if args.mend or args.mix or args.num_traces:  # all kinds throughout the training
         rows = draw_tasks(rows, args.num_traces or len(rows), args.mix, args.seed)
     return rows, +dropped
-
-
-def read_replay(path: Path) -> list[dict]:
-    """Rows of an earlier call of this script. Raises BadInput."""
-    rows = read_jsonl(path)
-    if not all({"prompt", "tools", "metadata"} <= row.keys() and "task_id" in row["metadata"] for row in rows):
-        raise BadInput(f"--replay {path}: give a file that teacher_traces.py has written")
-    return rows
 
 
 def mended_rows(failed: dict[str, list], args: argparse.Namespace) -> tuple[list[dict], Counter]:
@@ -675,7 +666,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="--mend: with the model's mistake, untrained, before its correction",
     )
-    add("--replay", type=Path, nargs="+", default=[], metavar="ROWS", help="rollouts: and rows of these files")
     add("--per-task", type=positive, default=2, help="rollouts: at most so many episodes of a task (default: 2)")
     add("--tokenizer", type=Path, help="rollouts: HF folder of the model; turns with other ids are not trained")
     add("--keep-thinking", action="store_true", help="hub rows: keep the thoughts, as reasoning_content")
@@ -705,8 +695,6 @@ def make_traces(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal 
         raise BadInput("--keep-mistakes belongs to --mend N")
     if args.mend and not args.from_rollouts:
         raise BadInput("--mend belongs to --from-rollouts RUN: it mends the episodes that failed there")
-    if args.replay and not args.from_rollouts:
-        raise BadInput("--replay belongs to --from-rollouts RUN: its rows are mixed with those of the rollouts")
     if args.from_rollouts:
         return *traces_from_rollouts(args), None
     if args.from_hub or args.from_hub_file:
