@@ -3,8 +3,9 @@
 #   bash examples/tau-bench/run_local.sh            25 minutes on 2 cores after the installation
 #   QUICK=1 bash examples/tau-bench/run_local.sh    the same path with tiny counts, for a first look (not for its numbers)
 # tau2's telecom tasks -> teacher traces -> SFT -> RFT (SFT on the model's own episodes: those it solved, and those that
-# the teacher mended) -> GRPO with the shaped reward -> evaluation of all four on the 40 test tasks -> a table. Everything lands in $RUN_DIR; run it again
-# after an interruption and it goes on where it was. For a run with other settings (SEED=1 ...), choose another RUN_DIR.
+# the teacher mended) -> GRPO with the shaped reward -> evaluation of all four on the 40 test tasks -> a table.
+# Everything lands in $RUN_DIR; run it again after an interruption and it goes on where it was. For a run with other
+# settings (SEED=1 ...), choose another RUN_DIR.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -13,13 +14,13 @@ cd "$ROOT"
 QUICK=${QUICK:-0}
 if [ "$QUICK" = 1 ]; then
    RUN_DIR=${RUN_DIR:-runs/quick}
-   SFT_ROLLOUTS=${SFT_ROLLOUTS:-4} RFT_TRIALS=${RFT_TRIALS:-0} RFT_ROLLOUTS=${RFT_ROLLOUTS:-2}
+   SFT_ROLLOUTS=${SFT_ROLLOUTS:-4} RFT_ROUNDS=${RFT_ROUNDS:-0} RFT_ROLLOUTS=${RFT_ROLLOUTS:-2}
    GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-1} GRPO_BATCH=${GRPO_BATCH:-1}
    EVAL_TASKS=${EVAL_TASKS:-4} CONTEXT=${CONTEXT:-1024}
 else
    RUN_DIR=${RUN_DIR:-runs/local}
-   SFT_ROLLOUTS=${SFT_ROLLOUTS:-60} RFT_TRIALS=${RFT_TRIALS:-2} RFT_ROLLOUTS=${RFT_ROLLOUTS:-40}
-   GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-4} GRPO_BATCH=${GRPO_BATCH:-6}
+   SFT_ROLLOUTS=${SFT_ROLLOUTS:-60} RFT_ROUNDS=${RFT_ROUNDS:-2} RFT_ROLLOUTS=${RFT_ROLLOUTS:-40}
+   GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-6} GRPO_BATCH=${GRPO_BATCH:-4}
    EVAL_TASKS=${EVAL_TASKS:-40} CONTEXT=${CONTEXT:-1664} # the teacher's longest dialogue has 1571 tokens
 fi
 DATA_DIR=$RUN_DIR/data
@@ -32,12 +33,12 @@ SEED=${SEED:-1234} # of the traces, the training, the rollouts and what is colle
 for name in SFT_ROLLOUTS RFT_ROLLOUTS GRPO_ROLLOUTS GRPO_BATCH EVAL_TASKS CONTEXT PORT; do
    [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]] || { echo "error: $name=${!name}: give a whole number above 0" >&2 && exit 2; }
 done
-for name in SEED RFT_TRIALS; do
+for name in SEED RFT_ROUNDS; do
    [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || { echo "error: $name=${!name}: give a whole number" >&2 && exit 2; }
 done
-STAGES=(base sft rft grpo) LAST_DIR=$RFT_DIR
-if [ "$RFT_TRIALS" = 0 ]; then # no RFT: the few dialogues of QUICK=1 teach too little to solve anything
-   STAGES=(base sft grpo) LAST_DIR=$SFT_DIR
+STAGES=(base sft rft grpo) LAST_DIR=$SFT_DIR LOGS=("$SFT_DIR/metrics.jsonl")
+if [ "$RFT_ROUNDS" = 0 ]; then # no RFT: the few dialogues of QUICK=1 teach too little to solve anything
+   STAGES=(base sft grpo)
 fi
 
 bash scripts/setup_env.sh
@@ -86,29 +87,23 @@ TEACHER_ARGS=(
    --save "$SFT_DIR"
    --save-hf "$SFT_DIR/hf"
 )
-RFT_ARGS=(
+RFT_ARGS=( # and what each round starts from, reads and writes
    --num-rollout "$RFT_ROLLOUTS"
-   --hf-checkpoint "$SFT_DIR/hf"
-   --prompt-data "$DATA_DIR/rollout_traces.jsonl"
    --lr 5e-4
-   --load "$RFT_DIR"
-   --save "$RFT_DIR"
-   --save-hf "$RFT_DIR/hf"
 )
 
 GRPO_ARGS=(
-   --hf-checkpoint "$LAST_DIR/hf"
    --prompt-data "$DATA_DIR/telecom_train_tasks.jsonl"
    --input-key index
    --rollout-shuffle
    --rollout-seed "$SEED"
    --num-rollout "$GRPO_ROLLOUTS"
    --rollout-batch-size "$GRPO_BATCH"
-   --n-samples-per-prompt 4
-   --global-batch-size "$((GRPO_BATCH * 2))" # two optimizer steps a rollout
+   --n-samples-per-prompt 6
+   --global-batch-size "$((GRPO_BATCH * 3))" # two optimizer steps a rollout
    --rollout-max-response-len 4096
    --rollout-max-context-len "$CONTEXT"
-   --rollout-temperature 1.0
+   --rollout-temperature 0.7 # at 1.0 a third of a 135M model's episodes lose their thread
    --custom-generate-function-path generate_with_tau.generate
    --custom-reward-post-process-path tau2_reward_shaping.tau2_reward_post_process
    --custom-rollout-log-function-path tau2_reward_shaping.log_rollout
@@ -117,11 +112,11 @@ GRPO_ARGS=(
    --eps-clip 0.2
    --eps-clip-high 0.28
    --use-rollout-logprobs # the engine shares the model with the trainer: its log-probs are the same but for rounding
-   --lr 1e-5
+   --lr 1e-4 # SFT's rate has fallen to 0; at 1e-5 nothing changes in so few steps
    --lr-decay-style constant
    --load "$GRPO_DIR"
    --save "$GRPO_DIR"
-   --save-interval 4
+   --save-interval 3
    --save-hf "$GRPO_DIR/hf"
 )
 
@@ -139,9 +134,8 @@ EVAL_ARGS=(
 )
 COLLECT_ARGS=(
    --task-split train
-   --num-trials "$RFT_TRIALS"
+   --num-trials 2
    --temperature 0.7
-   --seed "$SEED"
 )
 
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
@@ -175,28 +169,33 @@ timed sft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR"
 timed sft "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${SFT_ARGS[@]}" "${TEACHER_ARGS[@]}"
 evaluate sft "$SFT_DIR/hf"
 
-if [ "$RFT_TRIALS" != 0 ]; then
-   say "2. SFT on the model's own episodes, solved or mended (RFT)"
-   timed rft "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$SFT_DIR/hf" --output-path "$RUN_DIR/collected.json" \
-      "${EPISODE_ARGS[@]}" "${COLLECT_ARGS[@]}"
+for ((round = 1; round <= RFT_ROUNDS; round++)); do
+   say "2. SFT on the model's own episodes, solved or mended (RFT, round $round)"
+   collected=$RUN_DIR/collected_$round.json rows=$DATA_DIR/rollout_traces_$round.jsonl
+   timed rft "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$LAST_DIR/hf" --output-path "$collected" \
+      "${EPISODE_ARGS[@]}" "${COLLECT_ARGS[@]}" --seed "$((SEED + round))"
    # Without a share for each kind of task the model forgets what its episodes seldom show.
-   timed rft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --from-rollouts "$RUN_DIR/collected.json" \
-      --per-task 2 --mend 1 --style checklist --seed "$SEED" \
-      --mix mms_issue=2,mobile_data_issue=2,service_issue=2,overdue_bill_suspension=1 --num-traces "$((RFT_ROLLOUTS * 2))"
-   timed rft "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${SFT_ARGS[@]}" "${RFT_ARGS[@]}"
-   evaluate rft "$RFT_DIR/hf"
+   timed rft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --from-rollouts "$collected" --output "$rows" \
+      --per-task 2 --mend 1 --style checklist --seed "$SEED" --num-traces "$((RFT_ROLLOUTS * 2))" \
+      --mix mms_issue=3,mobile_data_issue=2,service_issue=2,overdue_bill_suspension=1
+   timed rft "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${SFT_ARGS[@]}" "${RFT_ARGS[@]}" \
+      --hf-checkpoint "$LAST_DIR/hf" --prompt-data "$rows" --load "$RFT_DIR$round" --save "$RFT_DIR$round" \
+      --save-hf "$RFT_DIR$round/hf"
+   LAST_DIR=$RFT_DIR$round
+   LOGS+=("$LAST_DIR/metrics.jsonl")
+done
+if [ "$RFT_ROUNDS" != 0 ]; then
+   evaluate rft "$LAST_DIR/hf"
 fi
 
 say "3. GRPO with the shaped reward"
-timed grpo "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${GRPO_ARGS[@]}"
+timed grpo "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${GRPO_ARGS[@]}" --hf-checkpoint "$LAST_DIR/hf"
 evaluate grpo "$GRPO_DIR/hf"
 
 say "4. the table, what it shows, and the report"
 "$PYTHON" examples/tau-bench/summarize.py --run-dir "$RUN_DIR"
 evals=("${STAGES[@]/#/$RUN_DIR/eval_}")
 evals=("${evals[@]/%/.json}")
-logs=("${STAGES[@]:1}")
-logs=("${logs[@]/#/$RUN_DIR/}")
 "$PYTHON" examples/tau-bench/evaluate_tau2.py compare "${evals[@]:1}"
-"$PYTHON" examples/tau-bench/evaluate_tau2.py report "${evals[@]}" --metrics-log "${logs[@]/%//metrics.jsonl}" \
+"$PYTHON" examples/tau-bench/evaluate_tau2.py report "${evals[@]}" --metrics-log "${LOGS[@]}" "$GRPO_DIR/metrics.jsonl" \
    --output "$RUN_DIR/report.html"
