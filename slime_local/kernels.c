@@ -370,11 +370,16 @@ static void pack_keys(const float *key, int64_t stride, float *panel, int64_t co
         for (int64_t c = 0; c < PANEL; c++) panel[d * PANEL + c] = c < count ? key[c * stride + d] : 0.0f;
 }
 
+/* Where row r of a head stands in q and its like. */
+static int64_t place_of(const Attention *a, int64_t head, int64_t r) {
+    return (r / a->group * a->kv + head) * a->group + r % a->group;
+}
+
 /* The queries first .. first + rows of one head, times 1 / sqrt(D): tile [rows][D]. */
 static void load_queries(const Attention *a, int64_t head, int64_t first, int64_t rows, float *tile) {
     float scale = 1 / sqrtf(a->dim);
     for (int64_t i = 0; i < rows; i++) {
-        const float *from = a->q + (((first + i) / a->group * a->kv + head) * a->group + (first + i) % a->group) * a->dim;
+        const float *from = a->q + place_of(a, head, first + i) * a->dim;
         for (int64_t d = 0; d < a->dim; d++) tile[i * a->dim + d] = from[d] * scale;
     }
 }
@@ -417,7 +422,7 @@ void attend_forward(const Attention *a, float *out, float *sums, int64_t threads
                 score(a, head, tile, rows, seen, scores);
                 for (int64_t i = 0; i < rows; i++) {
                     int64_t own = seen_by(a, first + i), r = first + i;
-                    sums[(r / a->group * a->kv + head) * a->group + r % a->group] = softmax(scores + i * a->m, own);
+                    sums[place_of(a, head, r)] = softmax(scores + i * a->m, own);
                     for (int64_t j = own; j < seen; j++) scores[i * a->m + j] = 0;
                 }
                 int64_t d = 0, stride = a->kv * dim;
@@ -429,7 +434,7 @@ void attend_forward(const Attention *a, float *out, float *sums, int64_t threads
                     blocks(ROWS, rows, 1, scores, a->m, value + d, stride, 0, 0, found + d, dim, seen, LANES);
                 for (int64_t i = 0; i < rows; i++) {
                     int64_t r = first + i;
-                    memcpy(out + ((r / a->group * a->kv + head) * a->group + r % a->group) * dim, found + i * dim,
+                    memcpy(out + place_of(a, head, r) * dim, found + i * dim,
                            dim * sizeof *found);
                 }
             }
@@ -505,7 +510,7 @@ void attend_backward(const Attention *a, int64_t threads) {
                 load_queries(a, head, first, rows, tile);
                 score(a, head, tile, rows, seen, scores);
                 for (int64_t i = 0; i < rows; i++) {
-                    int64_t r = first + i, at = (r / a->group * a->kv + head) * a->group + r % a->group;
+                    int64_t r = first + i, at = place_of(a, head, r);
                     memcpy(grad + i * dim, a->grad + at * dim, dim * sizeof *grad);
                     for (int64_t d = 0; d < dim; d++) grad_rows[i * dim + d] = rounded_to_bf16(grad[i * dim + d]);
                 }
@@ -513,7 +518,7 @@ void attend_backward(const Attention *a, int64_t threads) {
                     add_product(grad_rows, dim, a->value_pairs + (head * panels + j / PANEL) * dim * PANEL, by_score + j,
                                 m, rows, m - j < PANEL ? m - j : PANEL, dim, 0);
                 for (int64_t i = 0; i < rows; i++) {
-                    int64_t r = first + i, at = (r / a->group * a->kv + head) * a->group + r % a->group;
+                    int64_t r = first + i, at = place_of(a, head, r);
                     float inner = dot(grad + i * dim, a->out + at * dim, dim), sum = a->sums[at];
                     int64_t own = seen_by(a, r);
                     float *weight = scores + i * m, *by = by_score + i * m;
@@ -542,7 +547,7 @@ void attend_backward(const Attention *a, int64_t threads) {
                                 TILE, 1);
                 }
                 for (int64_t i = 0; i < rows; i++) {
-                    int64_t r = first + i, at = (r / a->group * a->kv + head) * a->group + r % a->group;
+                    int64_t r = first + i, at = place_of(a, head, r);
                     for (int64_t d = 0; d < dim; d++) a->dq[at * dim + d] = found[i * dim + d] / sqrtf(dim);
                 }
             }

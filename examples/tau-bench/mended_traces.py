@@ -14,6 +14,7 @@ Ross, Gordon, Bagnell: A reduction of imitation learning and structured predicti
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -145,5 +146,6 @@ def config_of(recorded: Recorded) -> EpisodeConfig:
     )
 
 
+@functools.cache
 def _tasks(domain: str) -> dict[str, Any]:
     return {task.id: task for task in load_tasks(domain, "full")}
