@@ -15,7 +15,7 @@ def attend_paths(
     q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]], dtype: torch.dtype | None = None
 ) -> Tensor:
     """Each segment attends causally over its path: q [U, kv, group, D], k and v [U, kv, D] -> [U, kv * group * D].
-    dtype: of the matrix products of the gradient."""
+    dtype: of the matrix products (without kernels of those of the gradient only)."""
     sizes = [path[-1].stop - path[-1].start for path in paths]
     place = {path[-1].start: i for i, path in enumerate(paths)}
     # Split and not sliced: the gradients of slices would be summed.
@@ -63,17 +63,17 @@ def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 class BlockAttention(torch.autograd.Function):
     """`attend_causal` for training on a CPU, where the fused kernel's backward was measured several times slower.
 
-    Compiled where there are kernels. Otherwise the fused kernel runs forward; backward is plain matrix products over
-    blocks of ATTENTION_ROWS queries, whose scores stay in cache and are computed again (FlashAttention, arXiv
-    2205.14135, section 3.1). The scores are as exact as forward; the other products of backward are in `dtype`.
+    Compiled where there are kernels, with products in `dtype`, as the engine's. Otherwise the fused kernel runs forward;
+    backward is plain matrix products over blocks of ATTENTION_ROWS queries, whose scores stay in cache and are computed
+    again (FlashAttention, arXiv 2205.14135, section 3.1), as exact as forward; the other products are in `dtype`.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype, ctx.compiled = dtype, kernels.attends(q, k, torch.float32)
+        ctx.dtype, ctx.compiled = dtype, kernels.attends(q, k, dtype)
         if ctx.compiled:
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-            out, sums = kernels.attend(q, k, v)
+            out, sums = kernels.attend(q, k, v, dtype)
         else:
             out, sums = _fused_attention(q, k, v)
         ctx.save_for_backward(q, k, v, out, sums)
@@ -81,7 +81,7 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        if ctx.compiled and kernels.attends(*ctx.saved_tensors[:2], ctx.dtype) and ctx.dtype == torch.bfloat16:
+        if ctx.compiled and ctx.dtype == torch.bfloat16:
             return *kernels.attend_backward(*ctx.saved_tensors, grad.contiguous()), None
         return *_attention_backward(*ctx.saved_tensors, grad, ctx.dtype), None
 

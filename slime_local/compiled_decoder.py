@@ -77,7 +77,7 @@ class CompiledDecoder:
         plan: list[Segment],
     ) -> Tensor:
         """The residual stream x [T, H] after the last layer, in place; the arguments are those of KeptAttention, cos
-        and sin [T, D / 2]."""
+        and sin [T, D / 2]. kept: in the product dtype, a whole number of panels long, in the order of kernels.c."""
         table = np.array([0 if w is None else w.data_ptr() for w in self._weights()], np.uint64)
         model = _Model(*self.sizes, self.in_bf16, self.model.config.rms_norm_eps, table.ctypes.data)
         step, memory = self._step(x, cos, sin, kept, starts, lengths, plan)
@@ -99,7 +99,7 @@ class CompiledDecoder:
         spans = list(_spans(starts, lengths, plan))
         parts, results_of, results = _parts(kept, spans, rows)
         new = zip(kept, starts, lengths, strict=True)
-        places = [(_position(kv, i), kv.stride(2)) for kv, start, n in new for i in range(start, start + n)]
+        places = [(kv.data_ptr(), kv.stride(2), i) for kv, start, n in new for i in range(start, start + n)]
         tables = [parts, np.array(places, np.int64), results_of, results]
         heads = kv_heads * group
         widths = (hidden, (heads + 2 * kv_heads) * dim, heads * dim, 2 * ffn, ffn)
@@ -146,7 +146,7 @@ def _parts(kept: list[Tensor], spans: list[Span], rows: int) -> tuple[np.ndarray
     parts, found, result = [], [[] for _ in range(rows)], 0
     for owner, seen_by, start, keys, visible in itertools.chain.from_iterable(map(_cut, spans)):
         kv = kept[owner]
-        parts.append((_position(kv, start), kv.stride(2), keys, visible, seen_by.start, len(seen_by), result))
+        parts.append((kv.data_ptr(), kv.stride(2), start, keys, visible, seen_by.start, len(seen_by), result))
         for row in seen_by:
             found[row].append(result)
             result += 1
@@ -155,19 +155,15 @@ def _parts(kept: list[Tensor], spans: list[Span], rows: int) -> tuple[np.ndarray
 
 
 def _cut(span: Span) -> Iterator[tuple[int, range, int, int, int]]:
-    """Pieces (owner, rows, first key, keys, visible) of at most PART_ROWS rows that see something of the keys."""
+    """Pieces (owner, rows, first key, keys, visible) of at most PART_ROWS rows that see something of the keys, which are
+    in one of the blocks that kernels.c reads."""
     most = kernels.library().part_keys()
     for first in range(span.rows.start, span.rows.stop, PART_ROWS):
         end = min(first + PART_ROWS, span.rows.stop)
-        for offset in range(0, span.end - span.start, most):
+        for block in range(span.start // most * most, span.end, most):
+            start = max(block, span.start)
             # A row sees visible + row - rows.start keys of the span.
-            row = max(first, span.rows.start + offset + 1 - span.visible)
+            row = max(first, span.rows.start + start - span.start + 1 - span.visible)
             if row < end:
-                visible = span.visible + row - span.rows.start - offset
-                keys = min(most, span.end - span.start - offset)
-                yield span.owner, range(row, end), span.start + offset, keys, visible
-
-
-def _position(kv: Tensor, position: int) -> int:
-    """Address of the first layer's first key at `position`."""
-    return kv.data_ptr() + position * kv.stride(3) * kv.element_size()
+                visible = span.visible + row - span.rows.start - (start - span.start)
+                yield span.owner, range(row, end), start, min(block + most, span.end) - start, visible

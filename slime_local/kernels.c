@@ -1,12 +1,17 @@
 /* The decoder of `model.py` for the engine: new tokens of many requests through all layers in one call. Everything is
-   fp32, but for the products where the weights are given in bf16: their inputs are rounded to it, sums stay fp32.
+   fp32, but for the products where the weights are given in bf16: what is multiplied is rounded to it, keys, values and
+   their weights too; sums stay fp32.
 
    Compiled and called by `kernels.py`. Every `omp for` ends with a barrier, so that a step sees what the one before it
    has written. Tokens are rows; H is the hidden size, D the head dimension, a multiple of LANES.
 
    Weights are read in panels: PANEL neighbouring outputs, input after input, [ceil(n_out / PANEL)][n_in][PANEL]. One
    row then reads each of them once in order, at the rate of the memory, and many rows use the vector units fully. In
-   bf16 two inputs stand side by side, [ceil(n_out / PANEL)][ceil(n_in / 2)][PANEL][2]: the CPU multiplies pairs. */
+   bf16 two inputs stand side by side, [ceil(n_out / PANEL)][ceil(n_in / 2)][PANEL][2]: the CPU multiplies pairs.
+
+   Keys and values are kept as the right operands of such products, position after position. Keys, multiplied over D, are
+   panels of positions, [capacity / PANEL][D][PANEL], in bf16 [..][D / 2][PANEL][2]; values, multiplied over positions,
+   are [capacity][D], in bf16 [capacity / 2][D][2]. A value whose partner is not there yet has zeros in its place. */
 
 #include <math.h>
 #include <omp.h>
@@ -46,22 +51,23 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int64_t layers, hidden, kv_heads, group, dim, ffn, in_bf16;
+    int64_t layers, hidden, kv_heads, group, dim, ffn, in_bf16; /* in_bf16: the panels, and what is kept */
     double eps;
     const Layer *layer;
 } Model;
 
-/* Where a row's key of layer 0, KV head 0 belongs; the next head is `head` floats on, values behind the keys. */
+/* Where a row's key and value belong: `kept` are the keys of layer 0, KV head 0; the next head is `head` elements on,
+   values behind the keys of all heads. */
 typedef struct {
-    float *key;
-    int64_t head;
+    void *kept;
+    int64_t head, position;
 } Place;
 
-/* Rows first .. first + rows attend over `keys` keys from `key` on; row r of them sees only the first visible + r.
-   Its results are rows `result` .. result + rows of `partial`. */
+/* Rows first .. first + rows attend over `keys` keys from position `start` on, all in one block of KEYS; row r of them
+   sees only the first visible + r. Its results are rows `result` .. result + rows of `partial`. */
 typedef struct {
-    float *key;
-    int64_t head, keys, visible, first, rows, result;
+    void *kept;
+    int64_t head, start, keys, visible, first, rows, result;
 } Part;
 
 typedef struct {
@@ -124,70 +130,79 @@ static void multiply(const float *x, const float *panels, const float *plus, int
     }
 }
 
-/* To the nearest bf16, ties to even; a zero behind an odd number of inputs. */
-static void round_rows(const float *x, bf16 *y, int64_t m, int64_t k) {
-    int64_t even = k + (k & 1);
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < m; r++) {
-        const uint32_t *bits = (const uint32_t *)(x + r * k);
-        for (int64_t i = 0; i < k; i++) y[r * even + i] = (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16;
-        if (k & 1) y[r * even + k] = 0;
-    }
+/* To the nearest, ties to even. */
+INLINE bf16 to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* n values, and a zero behind an odd number of them. */
+INLINE void round_vector(const float *x, bf16 *y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] = to_bf16(x[i]);
+    if (n & 1) y[n] = 0;
 }
 
 #if HAS_BF16
-/* As `block`, over pairs of inputs and the whole of a panel. */
-INLINE void block_bf16(const int rows, const bf16 *x, int64_t xs, const bf16 *w, const float *plus, int64_t ps,
-                       float *y, int64_t ys, int64_t k, int64_t width) {
-    __m512 sum[ROWS][PANEL / LANES];
+/* As `block`, over pairs of inputs. w is [k / 2][..][2], its pairs ws apart; k is even. */
+INLINE void block_bf16(const int rows, const int columns, const bf16 *x, int64_t xs, const bf16 *w, int64_t ws,
+                       const float *plus, int64_t ps, float *y, int64_t ys, int64_t k, int64_t width) {
+    __m512 sum[ROWS][VALUES / LANES];
     memset(sum, 0, sizeof sum);
-    for (int64_t i = 0; i < k; i += 2)
+    for (int64_t i = 0; i < k; i += 2, w += ws)
         for (int r = 0; r < rows; r++) {
             int32_t pair;
             memcpy(&pair, x + r * xs + i, sizeof pair);
-            for (int c = 0; c < PANEL / LANES; c++)
+            for (int c = 0; c < columns; c++)
                 sum[r][c] = _mm512_dpbf16_ps(sum[r][c], (__m512bh)_mm512_set1_epi32(pair),
-                                             (__m512bh)_mm512_loadu_si512(w + i * PANEL + c * 2 * LANES));
+                                             (__m512bh)_mm512_loadu_si512(w + c * 2 * LANES));
         }
     for (int r = 0; r < rows; r++) {
-        float out[PANEL];
+        float out[VALUES];
         memcpy(out, sum[r], sizeof out);
         for (int64_t c = 0; c < width; c++) y[r * ys + c] = out[c] + (plus ? plus[r * ps + c] : 0.0f);
     }
 }
+#else
+INLINE void block_bf16(const int rows, const int columns, const bf16 *x, int64_t xs, const bf16 *w, int64_t ws,
+                       const float *plus, int64_t ps, float *y, int64_t ys, int64_t k, int64_t width) {}
+#endif
 
-static void multiply_bf16(const bf16 *x, const bf16 *panels, const float *plus, int64_t ps, float *y, int64_t m,
-                          int64_t n, int64_t k) {
-    k += k & 1;
-#pragma omp for schedule(static)
-    for (int64_t j = 0; j < n; j += PANEL) {
-        int64_t width = n - j < PANEL ? n - j : PANEL, r = 0;
-#define BLOCK_BF16(rows) \
-    block_bf16(rows, x + r * k, k, panels + j * k, plus ? plus + j + r * ps : plus, ps, y + j + r * n, n, k, width)
-        for (; m - r >= ROWS; r += ROWS) BLOCK_BF16(ROWS);
-        switch (m - r) {
-            case 1: BLOCK_BF16(1); break;
-            case 2: BLOCK_BF16(2); break;
-            case 3: BLOCK_BF16(3); break;
-            case 4: BLOCK_BF16(4); break;
-            case 5: BLOCK_BF16(5); break;
-            case 6: BLOCK_BF16(6); break;
-            case 7: BLOCK_BF16(7); break;
-        }
+/* As `blocks`. */
+INLINE void blocks_bf16(const int most, int64_t m, const int columns, const bf16 *x, int64_t xs, const bf16 *w,
+                        int64_t ws, const float *plus, int64_t ps, float *y, int64_t ys, int64_t k, int64_t width) {
+#define BLOCK_BF16(rows) block_bf16(rows, columns, x, xs, w, ws, plus, ps, y, ys, k, width)
+    for (; m >= most; m -= most, x += most * xs, y += most * ys, plus += plus ? most * ps : 0) BLOCK_BF16(most);
+    switch (m) {
+        case 1: BLOCK_BF16(1); break;
+        case 2: BLOCK_BF16(2); break;
+        case 3: BLOCK_BF16(3); break;
+        case 4: BLOCK_BF16(4); break;
+        case 5: BLOCK_BF16(5); break;
+        case 6: BLOCK_BF16(6); break;
+        case 7: BLOCK_BF16(7); break;
     }
 }
-#else
-static void multiply_bf16(const bf16 *x, const bf16 *panels, const float *plus, int64_t ps, float *y, int64_t m,
-                          int64_t n, int64_t k) {}
-#endif
+
+static void multiply_bf16(const float *x, bf16 *rounded, const bf16 *panels, const float *plus, int64_t ps, float *y,
+                          int64_t m, int64_t n, int64_t k) {
+    int64_t even = k + (k & 1);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < m; r++) round_vector(x + r * k, rounded + r * even, k);
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < n; j += PANEL) {
+        int64_t width = n - j < PANEL ? n - j : PANEL;
+        blocks_bf16(ROWS, m, PANEL / LANES, rounded, even, panels + j * even, 2 * PANEL, plus ? plus + j : plus, ps,
+                    y + j, n, even, width);
+    }
+}
 
 /* `rounded`: room for x in bf16 where the panels are in bf16, else NULL. */
 static void multiply_by(const void *panels, bf16 *rounded, const float *x, const float *plus, int64_t ps, float *y,
                         int64_t m, int64_t n, int64_t k) {
-    if (rounded) {
-        round_rows(x, rounded, m, k);
-        multiply_bf16(rounded, panels, plus, ps, y, m, n, k);
-    } else
+    if (rounded)
+        multiply_bf16(x, rounded, panels, plus, ps, y, m, n, k);
+    else
         multiply(x, panels, plus, ps, y, m, n, k);
 }
 
@@ -244,6 +259,62 @@ static void rotate(float *x, const float *weight, const float *cos, const float 
 
 /* ---- attention -------------------------------------------------------------------------------------------------- */
 
+/* The element `offset` of what is kept. */
+INLINE void *element(const void *kept, int64_t offset, int64_t in_bf16) {
+    return (char *)kept + offset * (in_bf16 ? sizeof(bf16) : sizeof(float));
+}
+
+/* x [D] as the key at `position`. */
+INLINE void put_key(void *keys, int64_t position, const float *x, int64_t dim, int64_t in_bf16) {
+    int64_t c = position % PANEL;
+    void *panel = element(keys, (position - c) * dim, in_bf16);
+    for (int64_t d = 0; d < dim; d++)
+        if (in_bf16)
+            ((bf16 *)panel)[(d / 2 * PANEL + c) * 2 + d % 2] = to_bf16(x[d]);
+        else
+            ((float *)panel)[d * PANEL + c] = x[d];
+}
+
+/* x [D] as the value at `position`; clears: with zeros for its partner behind it. */
+INLINE void put_value(void *values, int64_t position, const float *x, int64_t dim, int64_t in_bf16, int clears) {
+    if (in_bf16) {
+        bf16 *pairs = (bf16 *)values + position / 2 * 2 * dim;
+        for (int64_t d = 0; d < dim; d++) pairs[2 * d + position % 2] = to_bf16(x[d]);
+        for (int64_t d = 0; clears && position % 2 == 0 && d < dim; d++) pairs[2 * d + 1] = 0;
+    } else
+        memcpy((float *)values + position * dim, x, dim * sizeof *x);
+}
+
+/* scores [m][n] = queries [m][D] times n keys from `keys` on, a whole number of panels. */
+INLINE void score(const void *queries, int64_t m, const void *keys, int64_t n, float *scores, int64_t stride,
+                  int64_t dim, int64_t in_bf16) {
+    for (int64_t j = 0; j < n; j += PANEL)
+        if (in_bf16)
+            blocks_bf16(ROWS, m, PANEL / LANES, queries, dim, (const bf16 *)keys + j * dim, 2 * PANEL, 0, 0, scores + j,
+                        stride, dim, PANEL);
+        else
+            blocks(ROWS, m, PANEL / LANES, queries, dim, (const float *)keys + j * dim, PANEL, 0, 0, scores + j, stride,
+                   dim, PANEL);
+}
+
+/* out [m][D] = weights [m][n] times n values, an even number in bf16. */
+INLINE void weigh(const void *weights, int64_t stride, int64_t m, const void *values, int64_t n, float *out, int64_t os,
+                  int64_t dim, int64_t in_bf16) {
+    const bf16 *pairs = values;
+    const float *rows = values;
+    int64_t d = 0;
+    for (; d + VALUES <= dim; d += VALUES)
+        if (in_bf16)
+            blocks_bf16(ROWS / 2, m, VALUES / LANES, weights, stride, pairs + 2 * d, 2 * dim, 0, 0, out + d, os, n, VALUES);
+        else
+            blocks(ROWS / 2, m, VALUES / LANES, weights, stride, rows + d, dim, 0, 0, out + d, os, n, VALUES);
+    for (; d < dim; d += LANES)
+        if (in_bf16)
+            blocks_bf16(ROWS, m, 1, weights, stride, pairs + 2 * d, 2 * dim, 0, 0, out + d, os, n, LANES);
+        else
+            blocks(ROWS, m, 1, weights, stride, rows + d, dim, 0, 0, out + d, os, n, LANES);
+}
+
 /* Rotate queries and keys, and put the new keys and values where they are kept. */
 static void place(const Model *model, const Layer *w, const Step *step, int64_t layer) {
     int64_t kv = model->kv_heads, group = model->group, dim = model->dim, width = kv * (group + 2) * dim;
@@ -253,11 +324,12 @@ static void place(const Model *model, const Layer *w, const Step *step, int64_t 
             float *q = step->qkv + r * width + head * (group + 2) * dim, *k = q + group * dim, *v = k + dim;
             const float *cos = step->cos + r * dim / 2, *sin = step->sin + r * dim / 2;
             const Place *to = step->place + r;
-            float *key = to->key + (2 * kv * layer + head) * to->head;
+            void *keys = element(to->kept, (2 * kv * layer + head) * to->head, model->in_bf16);
+            int last = r + 1 == step->rows || to[1].kept != to->kept; /* else another thread writes the partner */
             for (int64_t g = 0; g < group; g++) rotate(q + g * dim, w->q_norm, cos, sin, dim, model->eps);
             rotate(k, w->k_norm, cos, sin, dim, model->eps);
-            memcpy(key, k, dim * sizeof *k);
-            memcpy(key + kv * to->head, v, dim * sizeof *v);
+            put_key(keys, to->position, k, dim, model->in_bf16);
+            put_value(element(keys, kv * to->head, model->in_bf16), to->position, v, dim, model->in_bf16, last);
         }
 }
 
@@ -278,34 +350,37 @@ static float softmax(float *scores, int64_t n) {
 
 /* The queries of one KV head over the keys of one part, ROWS queries at a time. */
 INLINE void attend_part(const Model *model, const Step *step, const Part *part, int64_t layer, int64_t head,
-                        const int64_t dim) {
+                        const int64_t dim, const int64_t in_bf16) {
     int64_t kv = model->kv_heads, group = model->group, width = kv * (group + 2) * dim;
-    const float *key = part->key + (2 * kv * layer + head) * part->head, *value = key + kv * part->head;
-    float q[ROWS][MAX_DIM], scores[ROWS][KEYS], out[ROWS][MAX_DIM], scale = 1 / sqrtf(dim);
+    int64_t from = part->start / PANEL * PANEL, skipped = part->start - from; /* panels are read from their start */
+    const void *keys = element(part->kept, (2 * kv * layer + head) * part->head + from * dim, in_bf16);
+    const void *values = element(keys, kv * part->head, in_bf16);
+    float q[ROWS * MAX_DIM], scores[ROWS * KEYS], out[ROWS * MAX_DIM], scale = 1 / sqrtf(dim);
+    bf16 rounded_q[ROWS * MAX_DIM], rounded[ROWS * KEYS];
     for (int64_t first = 0; first < part->rows * group; first += ROWS) {
         int64_t m = part->rows * group - first < ROWS ? part->rows * group - first : ROWS;
-        int64_t last = part->visible + (first + m - 1) / group, n = last < part->keys ? last : part->keys;
+        int64_t last = part->visible + (first + m - 1) / group;
+        int64_t n = skipped + (last < part->keys ? last : part->keys), even = n + (n & 1);
         for (int64_t i = 0; i < m; i++) {
             int64_t row = part->first + (first + i) / group, g = (first + i) % group;
-            const float *from = step->qkv + row * width + (head * (group + 2) + g) * dim;
-            for (int64_t d = 0; d < dim; d++) q[i][d] = from[d] * scale;
+            const float *query = step->qkv + row * width + (head * (group + 2) + g) * dim;
+            for (int64_t d = 0; d < dim; d++) q[i * dim + d] = query[d] * scale;
+            if (in_bf16) round_vector(q + i * dim, rounded_q + i * dim, dim);
         }
-        for (int64_t j = 0; j < n; j++)
-            for (int64_t i = 0; i < m; i++) scores[i][j] = dot(q[i], key + j * dim, dim);
+        score(in_bf16 ? (void *)rounded_q : q, m, keys, n, scores, KEYS, dim, in_bf16);
         for (int64_t i = 0; i < m; i++) {
             int64_t r = (first + i) / group, g = (first + i) % group;
-            int64_t seen = part->visible + r < n ? part->visible + r : n;
-            step->sums[((part->result + r) * kv + head) * group + g] = softmax(scores[i], seen);
-            for (int64_t j = seen; j < n; j++) scores[i][j] = 0;
+            int64_t seen = part->visible + r < part->keys ? part->visible + r : part->keys;
+            step->sums[((part->result + r) * kv + head) * group + g] = softmax(scores + i * KEYS + skipped, seen);
+            for (int64_t j = 0; j < skipped; j++) scores[i * KEYS + j] = 0;
+            for (int64_t j = skipped + seen; j < n; j++) scores[i * KEYS + j] = 0;
+            if (in_bf16) round_vector(scores + i * KEYS, rounded + i * KEYS, n);
         }
-        int64_t d = 0;
-        for (; d + VALUES <= dim; d += VALUES)
-            blocks(ROWS / 2, m, VALUES / LANES, scores[0], KEYS, value + d, dim, 0, 0, out[0] + d, MAX_DIM, n, VALUES);
-        for (; d < dim; d += LANES)
-            blocks(ROWS, m, 1, scores[0], KEYS, value + d, dim, 0, 0, out[0] + d, MAX_DIM, n, LANES);
+        weigh(in_bf16 ? (void *)rounded : scores, KEYS, m, values, in_bf16 ? even : n, out, dim, dim, in_bf16);
         for (int64_t i = 0; i < m; i++) {
             int64_t r = (first + i) / group, g = (first + i) % group;
-            memcpy(step->partial + (((part->result + r) * kv + head) * group + g) * dim, out[i], dim * sizeof **out);
+            memcpy(step->partial + (((part->result + r) * kv + head) * group + g) * dim, out + i * dim,
+                   dim * sizeof *out);
         }
     }
 }
@@ -329,10 +404,12 @@ static void join_row(const Model *model, const Step *step, int64_t row, int64_t 
 
 /* Constant dimensions make faster loops. */
 static void attend_part_of(const Model *model, const Step *step, const Part *part, int64_t layer, int64_t head) {
-    switch (model->dim) {
-        case 64: attend_part(model, step, part, layer, head, 64); break;
-        case 128: attend_part(model, step, part, layer, head, 128); break;
-        default: attend_part(model, step, part, layer, head, model->dim);
+    switch (model->dim * 2 + model->in_bf16) {
+        case 64 * 2: attend_part(model, step, part, layer, head, 64, 0); break;
+        case 64 * 2 + 1: attend_part(model, step, part, layer, head, 64, 1); break;
+        case 128 * 2: attend_part(model, step, part, layer, head, 128, 0); break;
+        case 128 * 2 + 1: attend_part(model, step, part, layer, head, 128, 1); break;
+        default: attend_part(model, step, part, layer, head, model->dim, model->in_bf16);
     }
 }
 
@@ -351,204 +428,146 @@ static void attend(const Model *model, const Step *step, int64_t layer) {
 #define TILE 32 /* queries of a tile: its scores stay in the second cache */
 
 /* The last n of m positions attend causally: q, out, grad, dq [n][kv][group][D], k, v, dk, dv [m][kv][D], sums
-   [n][kv][group]. Queries are rows r = position * group + member of the group. The panels and the room of each thread
-   are scratch, whose sizes kernels.py knows. */
+   [n][kv][group]. Queries are rows r = position * group + member of the group. The rest is scratch; `wide` is m filled
+   up to whole panels. Keys and values stand as the engine keeps them; the gradient needs each in the other form too. */
 typedef struct {
-    int64_t n, m, kv, group, dim;
+    int64_t n, m, kv, group, dim, in_bf16, wide;
     const float *q, *k, *v, *out, *sums, *grad;
     float *dq, *dk, *dv;
-    float *key_panels;                          /* [kv][m / PANEL][D][PANEL] */
-    bf16 *value_pairs, *key_pairs;              /* [kv][m / PANEL][D / 2][PANEL][2], [kv][D / PANEL][m / 2][PANEL][2] */
-    float *scores;                              /* [threads][2][TILE][m] */
-    bf16 *turned;                               /* [threads][3][TILE][m] */
-    float *sum_dk, *sum_dv;                     /* [threads][kv][m][D], zeros */
+    void *keys, *values;                 /* [kv][wide][D] */
+    bf16 *keys_as_values, *values_as_keys;
+    float *scores;                       /* [threads][2][TILE][wide] */
+    bf16 *rounded;                       /* [threads][3][TILE][wide] */
+    float *sum_dk, *sum_dv;              /* [threads][kv][m][D], zeros */
 } Attention;
-
-/* Keys of one head, from `key` on, rows `stride` apart, as the panels of a product over D. */
-static void pack_keys(const float *key, int64_t stride, float *panel, int64_t count, int64_t dim) {
-    for (int64_t d = 0; d < dim; d++)
-        for (int64_t c = 0; c < PANEL; c++) panel[d * PANEL + c] = c < count ? key[c * stride + d] : 0.0f;
-}
 
 /* Where row r of a head stands in q and its like. */
 static int64_t place_of(const Attention *a, int64_t head, int64_t r) {
     return (r / a->group * a->kv + head) * a->group + r % a->group;
 }
 
-/* The queries first .. first + rows of one head, times 1 / sqrt(D): tile [rows][D]. */
-static void load_queries(const Attention *a, int64_t head, int64_t first, int64_t rows, float *tile) {
+/* How many keys a row sees. */
+static int64_t seen_by(const Attention *a, int64_t row) { return a->m - a->n + row / a->group + 1; }
+
+/* Two positions at a time: one thread writes both halves of a pair. */
+static void pack(const Attention *a, int both_forms) {
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t head = 0; head < a->kv; head++)
+        for (int64_t first = 0; first < a->m; first += 2)
+            for (int64_t j = first; j < a->m && j < first + 2; j++) {
+                const float *k = a->k + (j * a->kv + head) * a->dim, *v = a->v + (j * a->kv + head) * a->dim;
+                int64_t at = head * a->wide * a->dim;
+                put_key(element(a->keys, at, a->in_bf16), j, k, a->dim, a->in_bf16);
+                put_value(element(a->values, at, a->in_bf16), j, v, a->dim, a->in_bf16, 1);
+                if (both_forms) {
+                    put_key(a->values_as_keys + at, j, v, a->dim, 1);
+                    put_value(a->keys_as_values + at, j, k, a->dim, 1, 1);
+                }
+            }
+}
+
+/* The queries first .. first + rows of one head, times 1 / sqrt(D): tile [rows][D], in bf16 in `rounded` too. */
+static void load_queries(const Attention *a, int64_t head, int64_t first, int64_t rows, float *tile, bf16 *rounded) {
     float scale = 1 / sqrtf(a->dim);
     for (int64_t i = 0; i < rows; i++) {
         const float *from = a->q + place_of(a, head, first + i) * a->dim;
         for (int64_t d = 0; d < a->dim; d++) tile[i * a->dim + d] = from[d] * scale;
+        if (a->in_bf16) round_vector(tile + i * a->dim, rounded + i * a->dim, a->dim);
     }
-}
-
-static int64_t seen_by(const Attention *a, int64_t row) { return a->m - a->n + row / a->group + 1; }
-
-/* scores [rows][m] of a tile over the first `seen` keys. */
-static void score(const Attention *a, int64_t head, const float *tile, int64_t rows, int64_t seen, float *scores) {
-    int64_t panels = (a->m + PANEL - 1) / PANEL, dim = a->dim;
-    for (int64_t j = 0; j < seen; j += PANEL) {
-        int64_t width = a->m - j < PANEL ? a->m - j : PANEL;
-        const float *panel = a->key_panels + (head * panels + j / PANEL) * dim * PANEL;
-        blocks(ROWS, rows, PANEL / LANES, tile, dim, panel, PANEL, 0, 0, scores + j, a->m, dim, width);
-    }
-}
-
-static void pack_all_keys(const Attention *a) {
-    int64_t panels = (a->m + PANEL - 1) / PANEL;
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t head = 0; head < a->kv; head++)
-        for (int64_t j = 0; j < panels; j++) {
-            int64_t left = a->m - j * PANEL;
-            pack_keys(a->k + (j * PANEL * a->kv + head) * a->dim, a->kv * a->dim,
-                      a->key_panels + (head * panels + j) * a->dim * PANEL, left < PANEL ? left : PANEL, a->dim);
-        }
 }
 
 void attend_forward(const Attention *a, float *out, float *sums, int64_t threads) {
-    int64_t dim = a->dim, tiles = (a->n * a->group + TILE - 1) / TILE;
+    int64_t dim = a->dim, wide = a->wide, tiles = (a->n * a->group + TILE - 1) / TILE;
 #pragma omp parallel num_threads(threads)
     {
-        float *scores = a->scores + 2 * TILE * a->m * omp_get_thread_num(), tile[TILE * MAX_DIM], found[TILE * MAX_DIM];
-        pack_all_keys(a);
+        float *scores = a->scores + 2 * TILE * wide * omp_get_thread_num();
+        bf16 *rounded = a->rounded + 3 * TILE * wide * omp_get_thread_num();
+        float tile[TILE * MAX_DIM], found[TILE * MAX_DIM];
+        bf16 rounded_tile[TILE * MAX_DIM];
+        pack(a, 0);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t t = 0; t < tiles; t++)
             for (int64_t head = 0; head < a->kv; head++) {
                 int64_t first = (tiles - 1 - t) * TILE, left = a->n * a->group - first; /* the longest first */
                 int64_t rows = left < TILE ? left : TILE, seen = seen_by(a, first + rows - 1);
-                load_queries(a, head, first, rows, tile);
-                score(a, head, tile, rows, seen, scores);
+                const void *keys = element(a->keys, head * wide * dim, a->in_bf16);
+                const void *values = element(a->values, head * wide * dim, a->in_bf16);
+                load_queries(a, head, first, rows, tile, rounded_tile);
+                score(a->in_bf16 ? (void *)rounded_tile : tile, rows, keys, seen, scores, wide, dim, a->in_bf16);
                 for (int64_t i = 0; i < rows; i++) {
-                    int64_t own = seen_by(a, first + i), r = first + i;
-                    sums[place_of(a, head, r)] = softmax(scores + i * a->m, own);
-                    for (int64_t j = own; j < seen; j++) scores[i * a->m + j] = 0;
+                    int64_t own = seen_by(a, first + i);
+                    sums[place_of(a, head, first + i)] = softmax(scores + i * wide, own);
+                    for (int64_t j = own; j < seen; j++) scores[i * wide + j] = 0;
+                    if (a->in_bf16) round_vector(scores + i * wide, rounded + i * wide, seen);
                 }
-                int64_t d = 0, stride = a->kv * dim;
-                const float *value = a->v + head * dim;
-                for (; d + VALUES <= dim; d += VALUES)
-                    blocks(ROWS / 2, rows, VALUES / LANES, scores, a->m, value + d, stride, 0, 0, found + d, dim, seen,
-                           VALUES);
-                for (; d < dim; d += LANES)
-                    blocks(ROWS, rows, 1, scores, a->m, value + d, stride, 0, 0, found + d, dim, seen, LANES);
-                for (int64_t i = 0; i < rows; i++) {
-                    int64_t r = first + i;
-                    memcpy(out + place_of(a, head, r) * dim, found + i * dim,
-                           dim * sizeof *found);
-                }
+                weigh(a->in_bf16 ? (void *)rounded : scores, wide, rows, values, a->in_bf16 ? seen + (seen & 1) : seen,
+                      found, dim, dim, a->in_bf16);
+                for (int64_t i = 0; i < rows; i++)
+                    memcpy(out + place_of(a, head, first + i) * dim, found + i * dim, dim * sizeof *found);
             }
     }
 }
 
-#if HAS_BF16
-INLINE bf16 rounded_to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+/* sum [n][D], rows `stride` apart, += the transpose of weights [TILE][seen] times rows [TILE][D], as `put_value` has
+   them. `turned` has room for the transpose. */
+static void add_turned(const float *weights, int64_t wide, int64_t rows, int64_t seen, const bf16 *values, bf16 *turned,
+                       float *sum, int64_t dim) {
+    for (int64_t j = 0; j < seen; j++)
+        for (int64_t i = 0; i < TILE; i++) turned[j * TILE + i] = i < rows ? to_bf16(weights[i * wide + j]) : 0;
+    int64_t d = 0;
+    for (; d + VALUES <= dim; d += VALUES)
+        blocks_bf16(ROWS / 2, seen, VALUES / LANES, turned, TILE, values + 2 * d, 2 * dim, sum + d, dim, sum + d, dim, TILE,
+                    VALUES);
+    for (; d < dim; d += LANES)
+        blocks_bf16(ROWS, seen, 1, turned, TILE, values + 2 * d, 2 * dim, sum + d, dim, sum + d, dim, TILE, LANES);
 }
 
-/* x [count][k], rows `stride` apart, as panels of pairs over the columns: [k / PANEL][count / 2][PANEL][2]; count and k
-   are filled up with zeros to `even` and to whole panels. */
-static void pack_rows(const float *x, int64_t stride, bf16 *pairs, int64_t count, int64_t even, int64_t k) {
-    for (int64_t j = 0; j < k; j += PANEL)
-        for (int64_t i = 0; i < even; i++)
-            for (int64_t c = 0; c < PANEL; c++)
-                pairs[j * even + (i / 2 * PANEL + c) * 2 + (i & 1)] =
-                    i < count && j + c < k ? rounded_to_bf16(x[i * stride + j + c]) : 0;
-}
-
-/* x [count][k] as panels of pairs over the rows: [count / PANEL][k / 2][PANEL][2]. */
-static void pack_columns(const float *x, int64_t stride, bf16 *pairs, int64_t count, int64_t k) {
-    for (int64_t c = 0; c < PANEL; c++)
-        for (int64_t i = 0; i < k; i++)
-            pairs[(i / 2 * PANEL + c) * 2 + (i & 1)] = c < count ? rounded_to_bf16(x[c * stride + i]) : 0;
-}
-
-/* y [m][n] (+)= x [m][k] times panels of pairs, one thread. */
-static void add_product(const bf16 *x, int64_t xs, const bf16 *pairs, float *y, int64_t ys, int64_t m, int64_t n,
-                        int64_t k, int adds) {
-    for (int64_t j = 0; j < n; j += PANEL) {
-        int64_t width = n - j < PANEL ? n - j : PANEL, r = 0;
-        const bf16 *panel = pairs + j * k;
-#define ADD(rows) \
-    block_bf16(rows, x + r * xs, xs, panel, adds ? y + r * ys + j : 0, ys, y + r * ys + j, ys, k, width)
-        for (; m - r >= ROWS; r += ROWS) ADD(ROWS);
-        for (; r < m; r++) ADD(1);
-    }
-}
-
-/* dq, and of each thread its part of dk and dv. FlashAttention, arXiv 2205.14135, algorithm 4. */
+/* dq, and of each thread its part of dk and dv, all products in bf16. FlashAttention, arXiv 2205.14135, algorithm 4. */
 void attend_backward(const Attention *a, int64_t threads) {
-    int64_t dim = a->dim, m = a->m, even = m + (m & 1), panels = (m + PANEL - 1) / PANEL, stride = a->kv * dim;
-    int64_t tiles = (a->n * a->group + TILE - 1) / TILE, wide = (dim + PANEL - 1) / PANEL * PANEL;
+    int64_t dim = a->dim, m = a->m, wide = a->wide, tiles = (a->n * a->group + TILE - 1) / TILE;
 #pragma omp parallel num_threads(threads)
     {
         int64_t thread = omp_get_thread_num();
-        float *scores = a->scores + 2 * TILE * m * thread, *by_score = scores + TILE * m;
-        bf16 *by_key = a->turned + 3 * TILE * even * thread, *weight_turned = by_key + TILE * even;
-        bf16 *score_turned = weight_turned + TILE * even;
+        float *scores = a->scores + 2 * TILE * wide * thread, *by_score = scores + TILE * wide;
+        bf16 *rounded = a->rounded + 3 * TILE * wide * thread, *turned = rounded + TILE * wide;
         float *dk = a->sum_dk + thread * a->kv * m * dim, *dv = a->sum_dv + thread * a->kv * m * dim;
-        float tile[TILE * MAX_DIM], grad[TILE * MAX_DIM], found[TILE * MAX_DIM];
-        bf16 grad_rows[TILE * MAX_DIM], grad_pairs[TILE * MAX_DIM], query_pairs[TILE * MAX_DIM];
-        pack_all_keys(a);
-#pragma omp for collapse(2) schedule(static)
-        for (int64_t head = 0; head < a->kv; head++)
-            for (int64_t j = 0; j < panels; j++) {
-                int64_t left = m - j * PANEL;
-                pack_columns(a->v + (j * PANEL * a->kv + head) * dim, stride,
-                             a->value_pairs + (head * panels + j) * dim * PANEL, left < PANEL ? left : PANEL, dim);
-            }
-#pragma omp for schedule(static)
-        for (int64_t head = 0; head < a->kv; head++)
-            pack_rows(a->k + head * dim, stride, a->key_pairs + head * wide * even, m, even, dim);
+        float tile[TILE * MAX_DIM], found[TILE * MAX_DIM];
+        bf16 queries[TILE * MAX_DIM], grads[TILE * MAX_DIM];
+        bf16 queries_as_values[TILE * MAX_DIM], grads_as_values[TILE * MAX_DIM];
+        pack(a, 1);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t t = 0; t < tiles; t++)
             for (int64_t head = 0; head < a->kv; head++) {
-                int64_t first = (tiles - 1 - t) * TILE, left = a->n * a->group - first;
-                int64_t rows = left < TILE ? left : TILE, seen = seen_by(a, first + rows - 1), pairs = seen + (seen & 1);
-                load_queries(a, head, first, rows, tile);
-                score(a, head, tile, rows, seen, scores);
+                int64_t first = (tiles - 1 - t) * TILE, left = a->n * a->group - first, at = head * wide * dim;
+                int64_t rows = left < TILE ? left : TILE, seen = seen_by(a, first + rows - 1);
+                load_queries(a, head, first, rows, tile, queries);
+                memset(queries_as_values, 0, sizeof queries_as_values);
+                memset(grads_as_values, 0, sizeof grads_as_values);
                 for (int64_t i = 0; i < rows; i++) {
-                    int64_t r = first + i, at = place_of(a, head, r);
-                    memcpy(grad + i * dim, a->grad + at * dim, dim * sizeof *grad);
-                    for (int64_t d = 0; d < dim; d++) grad_rows[i * dim + d] = rounded_to_bf16(grad[i * dim + d]);
+                    const float *grad = a->grad + place_of(a, head, first + i) * dim;
+                    round_vector(grad, grads + i * dim, dim);
+                    put_value(grads_as_values, i, grad, dim, 1, 0);
+                    put_value(queries_as_values, i, tile + i * dim, dim, 1, 0);
                 }
-                for (int64_t j = 0; j < seen; j += PANEL)
-                    add_product(grad_rows, dim, a->value_pairs + (head * panels + j / PANEL) * dim * PANEL, by_score + j,
-                                m, rows, m - j < PANEL ? m - j : PANEL, dim, 0);
+                score(queries, rows, (bf16 *)a->keys + at, seen, scores, wide, dim, 1);
+                score(grads, rows, a->values_as_keys + at, seen, by_score, wide, dim, 1);
                 for (int64_t i = 0; i < rows; i++) {
-                    int64_t r = first + i, at = place_of(a, head, r);
-                    float inner = dot(grad + i * dim, a->out + at * dim, dim), sum = a->sums[at];
-                    int64_t own = seen_by(a, r);
-                    float *weight = scores + i * m, *by = by_score + i * m;
+                    int64_t from = place_of(a, head, first + i), own = seen_by(a, first + i);
+                    float inner = dot(a->grad + from * dim, a->out + from * dim, dim), sum = a->sums[from];
+                    float *weight = scores + i * wide, *by = by_score + i * wide;
                     for (int64_t j = 0; j < own; j++) {
                         weight[j] = exponential(weight[j] - sum);
                         by[j] = weight[j] * (by[j] - inner);
                     }
                     for (int64_t j = own; j < seen; j++) weight[j] = by[j] = 0;
-                    for (int64_t j = 0; j < seen; j++) by_key[i * even + j] = rounded_to_bf16(by[j]);
-                    if (seen & 1) by_key[i * even + seen] = 0;
+                    round_vector(by, rounded + i * wide, seen);
                 }
-                for (int64_t j = 0; j < seen; j++)
-                    for (int64_t i = 0; i < TILE; i++) {
-                        weight_turned[j * TILE + i] = i < rows ? rounded_to_bf16(scores[i * m + j]) : 0;
-                        score_turned[j * TILE + i] = i < rows ? rounded_to_bf16(by_score[i * m + j]) : 0;
-                    }
-                pack_rows(grad, dim, grad_pairs, rows, TILE, dim);
-                pack_rows(tile, dim, query_pairs, rows, TILE, dim);
-                for (int64_t d = 0; d < dim; d += PANEL) {
-                    int64_t width = dim - d < PANEL ? dim - d : PANEL;
-                    add_product(by_key, even, a->key_pairs + head * wide * even + d * even, found + d, dim, rows, width,
-                                pairs, 0);
-                    add_product(weight_turned, TILE, grad_pairs + d * TILE, dv + head * m * dim + d, dim, seen, width,
-                                TILE, 1);
-                    add_product(score_turned, TILE, query_pairs + d * TILE, dk + head * m * dim + d, dim, seen, width,
-                                TILE, 1);
-                }
+                weigh(rounded, wide, rows, a->keys_as_values + at, seen + (seen & 1), found, dim, dim, 1);
+                add_turned(scores, wide, rows, seen, grads_as_values, turned, dv + head * m * dim, dim);
+                add_turned(by_score, wide, rows, seen, queries_as_values, turned, dk + head * m * dim, dim);
                 for (int64_t i = 0; i < rows; i++) {
-                    int64_t r = first + i, at = place_of(a, head, r);
-                    for (int64_t d = 0; d < dim; d++) a->dq[at * dim + d] = found[i * dim + d] / sqrtf(dim);
+                    float *to = a->dq + place_of(a, head, first + i) * dim;
+                    for (int64_t d = 0; d < dim; d++) to[d] = found[i * dim + d] / sqrtf(dim);
                 }
             }
 #pragma omp for collapse(2) schedule(static)
@@ -565,9 +584,6 @@ void attend_backward(const Attention *a, int64_t threads) {
                 }
     }
 }
-#else
-void attend_backward(const Attention *a, int64_t threads) {}
-#endif
 
 /* ---- sampling --------------------------------------------------------------------------------------------------- */
 

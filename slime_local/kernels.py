@@ -150,67 +150,59 @@ def room_for_rounded(weight: Tensor, rows: int, n_in: int) -> Tensor | None:
 
 
 class _Attention(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("n", "m", "kv", "group", "dim")]
+    _fields_ = [(name, ctypes.c_int64) for name in ("n", "m", "kv", "group", "dim", "in_bf16", "wide")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "sums", "grad", "dq", "dk", "dv")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("key_panels", "value_pairs", "key_pairs", "scores", "turned")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("sum_dk", "sum_dv")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("keys", "values", "keys_as_values", "values_as_keys")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("scores", "rounded", "sum_dk", "sum_dv")]
 
 
 TILE, MAX_DIM, LANES = 32, 256, 16  # of kernels.c
 
 
 def attends(q: Tensor, k: Tensor, products: torch.dtype) -> bool:
-    """Whether `attend`, or with `products` in bf16 `attend_backward`, can be called with such tensors."""
+    """Whether `attend` can be called with such tensors."""
     dim = q.shape[-1]
     return dim % LANES == 0 and dim <= MAX_DIM and q.dtype == k.dtype and available(q.dtype, products, q.device)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The last n of m positions attend causally, in fp32: q [n, kv, group, D], k and v [m, kv, D], all contiguous ->
-    out [n, kv, group, D] and the log-sum-exps [n, kv, group]. D: a multiple of LANES, at most MAX_DIM."""
-    out, sums = torch.empty_like(q), q.new_empty(q.shape[:3])
-    panels, threads = _panels_of(len(k)), torch.get_num_threads()
-    key_panels = q.new_empty(k.shape[1] * panels * k.shape[2])
-    scores = q.new_empty(threads * 2 * TILE * len(k))
-    step = _attention(q, k, v, key_panels=key_panels, scores=scores)
+def attend(q: Tensor, k: Tensor, v: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The last n of m positions attend causally: q [n, kv, group, D], k and v [m, kv, D], fp32 and contiguous -> out
+    [n, kv, group, D] and the log-sum-exps [n, kv, group]. D: a multiple of LANES, at most MAX_DIM."""
+    out, sums, threads = torch.empty_like(q), q.new_empty(q.shape[:3]), torch.get_num_threads()
+    step, memory = _attention(q, k, v, products, ("keys", "values"))
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (out, sums)]
     library().attend_forward(ctypes.byref(step), *pointers, ctypes.c_int64(threads))
+    del memory
     return out, sums
 
 
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by q, k and v of `attend`, given that by `out`: scores in fp32, the other products in bf16."""
-    (m, kv, dim), threads = k.shape, torch.get_num_threads()
-    panels, even, wide = _panels_of(m), m + m % 2, _panels_of(dim)
+    """Gradients by q, k and v of `attend` with products in bf16, as its own are, given that by `out`."""
+    threads = torch.get_num_threads()
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    pairs = {"dtype": torch.bfloat16}
-    scratch = {
-        "key_panels": q.new_empty(kv * panels * dim),
-        "value_pairs": q.new_empty(kv * panels * dim, **pairs),
-        "key_pairs": q.new_empty(kv * wide * even, **pairs),
-        "scores": q.new_empty(threads * 2 * TILE * m),
-        "turned": q.new_empty(threads * 3 * TILE * even, **pairs),
-        "sum_dk": q.new_zeros(threads * k.numel()),
-        "sum_dv": q.new_zeros(threads * k.numel()),
-    }
-    names = dict(zip(("dq", "dk", "dv"), gradients, strict=True))
-    step = _attention(q, k, v, out=out, sums=sums, grad=grad, **names, **scratch)
+    given = dict(zip(("dq", "dk", "dv"), gradients, strict=True)) | {"out": out, "sums": sums, "grad": grad}
+    given |= {name: q.new_zeros(threads * k.numel()) for name in ("sum_dk", "sum_dv")}
+    forms = ("keys", "values", "keys_as_values", "values_as_keys")
+    step, memory = _attention(q, k, v, torch.bfloat16, forms, **given)
     library().attend_backward(ctypes.byref(step), ctypes.c_int64(threads))
+    del memory
     return gradients
 
 
-def _panels_of(count: int) -> int:
-    """`count`, filled up to whole panels."""
-    width = library().panel_width()
-    return (count + width - 1) // width * width
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, **tensors: Tensor) -> _Attention:
-    n, kv, group, dim = q.shape
-    pointers = {name: tensor.data_ptr() for name, tensor in {"q": q, "k": k, "v": v, **tensors}.items()}
-    return _Attention(n=n, m=len(k), kv=kv, group=group, dim=dim, **pointers)
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, products: torch.dtype, forms: tuple[str, ...], **tensors: Tensor
+) -> tuple[_Attention, dict[str, Tensor]]:
+    """The struct with room for keys and values in these `forms`, and what must live as long as it is used."""
+    (n, kv, group, dim), m, width = q.shape, len(k), library().panel_width()
+    wide, scores = -(-m // width) * width, torch.get_num_threads() * TILE
+    tensors |= {form: torch.empty(kv * wide * dim, dtype=products) for form in forms}
+    tensors |= {"q": q, "k": k, "v": v, "scores": q.new_empty(2 * scores * wide)}
+    tensors["rounded"] = torch.empty(3 * scores * wide * (products == torch.bfloat16), dtype=torch.bfloat16)
+    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    in_bf16 = products == torch.bfloat16
+    return _Attention(n=n, m=m, kv=kv, group=group, dim=dim, in_bf16=in_bf16, wide=wide, **pointers), tensors
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------

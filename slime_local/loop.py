@@ -18,7 +18,7 @@ import torch
 
 from slime_local import checkpoint
 from slime_local.data import load_tokenizer
-from slime_local.engine import Engine
+from slime_local.engine import Engine, kept_dtype
 from slime_local.errors import UsageError
 from slime_local.metrics import eval_metrics, rollout_metrics, train_data_metrics
 from slime_local.model import Transformer, load_model, save_hf
@@ -180,7 +180,7 @@ def _max_running(run: Run, context: int) -> int:
 def _kv_bytes(model: Transformer) -> int:
     """Bytes of keys and values for one token."""
     attention = model.decoder.layers[0].self_attention
-    per_layer = 2 * attention.kv_heads * attention.head_dim * model.compute_dtype.itemsize
+    per_layer = 2 * attention.kv_heads * attention.head_dim * kept_dtype(model).itemsize
     return per_layer * len(model.decoder.layers)
 
 
