@@ -535,7 +535,8 @@ void attend_backward(const Attention *a, int64_t threads) {
         bf16 queries[TILE * MAX_DIM], grads[TILE * MAX_DIM];
         bf16 queries_as_values[TILE * MAX_DIM], grads_as_values[TILE * MAX_DIM];
         pack(a, 1);
-#pragma omp for collapse(2) schedule(dynamic)
+        /* In fixed turns: each thread's sums, and so the gradient's bits, are the same in every run. */
+#pragma omp for collapse(2) schedule(static, 1)
         for (int64_t t = 0; t < tiles; t++)
             for (int64_t head = 0; head < a->kv; head++) {
                 int64_t first = (tiles - 1 - t) * TILE, left = a->n * a->group - first, at = head * wide * dim;

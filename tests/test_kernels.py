@@ -109,6 +109,20 @@ def test_attention_in_training_is_exact_and_in_bf16_near(n, before, kv, group, d
         assert (gradient - tensor.grad).norm() < 0.02 * (tensor.grad.norm() + grad.norm())
 
 
+@needs_bf16
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_gradient_of_attention_has_the_same_bits_in_every_run(threads):
+    inputs = torch.randn(300, 3, 2, 64), torch.randn(300, 3, 64), torch.randn(300, 3, 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out, sums = kernels.attend(*inputs, torch.bfloat16)
+        first, *others = [kernels.attend_backward(*inputs, out, sums, torch.ones_like(out)) for _ in range(6)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
