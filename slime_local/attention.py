@@ -63,9 +63,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 class BlockAttention(torch.autograd.Function):
     """`attend_causal` for training on a CPU, where the fused kernel's backward was measured several times slower.
 
-    Compiled where there are kernels, with products in `dtype`, as the engine's. Otherwise the fused kernel runs forward;
-    backward is plain matrix products over blocks of ATTENTION_ROWS queries, whose scores stay in cache and are computed
-    again (FlashAttention, arXiv 2205.14135, section 3.1), as exact as forward; the other products are in `dtype`.
+    Compiled where there are kernels, with products in `dtype`, as the engine's are. Otherwise the fused kernel runs
+    forward; backward is plain matrix products over blocks of ATTENTION_ROWS queries, whose scores stay in cache and
+    are computed again (FlashAttention, arXiv 2205.14135, section 3.1) as exactly; the others are in `dtype`.
     """
 
     @staticmethod

@@ -155,8 +155,8 @@ def _parts(kept: list[Tensor], spans: list[Span], rows: int) -> tuple[np.ndarray
 
 
 def _cut(span: Span) -> Iterator[tuple[int, range, int, int, int]]:
-    """Pieces (owner, rows, first key, keys, visible) of at most PART_ROWS rows that see something of the keys, which are
-    in one of the blocks that kernels.c reads."""
+    """Pieces (owner, rows, first key, keys, visible) of at most PART_ROWS rows that see something of the keys, which
+    are in one of the blocks that kernels.c reads."""
     most = kernels.library().part_keys()
     for first in range(span.rows.start, span.rows.stop, PART_ROWS):
         end = min(first + PART_ROWS, span.rows.stop)
