@@ -60,6 +60,7 @@ from tau2_episode import (
     refuse_judged,
     rescore,
     run_episode,
+    tasks_by_id,
     tau2_version,
 )
 from tau2_metrics import behaviour, breakdowns, by_task, metrics, task_means
@@ -522,7 +523,7 @@ def rescored(result: dict[str, Any], path: str) -> dict[str, Any]:
     """The result with rewards, checks and every number computed again from its simulations."""
     made = result["settings"]
     config = EpisodeConfig(domain=made["domain"], prompt=made["prompt"], redraw_ids=made["redraw_ids"])
-    tasks = {task.id: task for task in load_tasks(config.domain, "full")}
+    tasks = tasks_by_id(config.domain)
     unknown = [row["task_id"] for row in result["results"] if row["task_id"] not in tasks]
     if unknown:
         raise BadInput(f"{path}: {tau2_version()} has no task {unknown[0]!r}; the run was made with {made['tau2']}")

@@ -53,8 +53,8 @@ from tau2_episode import (
     check_customer,
     customer_checked,
     episode_to_row,
-    load_tasks,
     run_episode,
+    tasks_by_id,
 )
 from tau2_reward_shaping import MATCHINGS
 
@@ -401,7 +401,7 @@ def find_task(args: Any, sample: Any) -> Any:
     if metadata.get("task"):
         return metadata["task"]
     if metadata.get("task_id"):
-        tasks = {task.id: task for task in load_tasks(episode_config(args, metadata).domain, "full")}
+        tasks = tasks_by_id(episode_config(args, metadata).domain)
         if metadata["task_id"] not in tasks:
             raise BadInput(f"no task has the id {metadata['task_id']!r}")
         return tasks[metadata["task_id"]]

@@ -14,11 +14,9 @@ Ross, Gordon, Bagnell: A reduction of imitation learning and structured predicti
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from openai_tool_adapter import INVALID_CALL
 from rollout_traces import Recorded, agent_turns
@@ -30,8 +28,8 @@ from tau2_episode import (
     BadInput,
     Episode,
     EpisodeConfig,
-    load_tasks,
     run_episode,
+    tasks_by_id,
 )
 from tau2_teacher import ScriptedTeacher
 
@@ -127,7 +125,7 @@ async def _play(recorded: Recorded, style: str, wording: int, keep_mistake: bool
     config = config_of(recorded)
     turns = [read_turn(turn) for turn in agent_turns(recorded.messages)]
     agent = TakingOver(ScriptedTeacher(style, wording=wording), turns, keep_mistake)
-    episode = await run_episode(_tasks(recorded.domain)[recorded.task_id], agent, config, recorded.record["seed"])
+    episode = await run_episode(tasks_by_id(recorded.domain)[recorded.task_id], agent, config, recorded.record["seed"])
     return Mended(recorded, episode, config, agent.own_turns, agent.mistake)
 
 
@@ -144,8 +142,3 @@ def config_of(recorded: Recorded) -> EpisodeConfig:
         user_args={"mood": user["mood"]} if "mood" in user else {},
         redraw_ids=bool(recorded.record.get("redraw_ids")),
     )
-
-
-@functools.cache
-def _tasks(domain: str) -> dict[str, Any]:
-    return {task.id: task for task in load_tasks(domain, "full")}

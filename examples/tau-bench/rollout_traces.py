@@ -46,7 +46,6 @@ from tau2_mock import POOL_DOMAIN, far_from_tests
 from tau2_results import read_result
 
 FOLDERS = (".", "rollouts", "rollout_data")
-NOT_SOLVED = "not solved"
 ERROR = "Error:"  # how tau2's tool results begin that are errors
 TELECOM = "telecom"
 
@@ -112,7 +111,7 @@ def read_traces(
             usable[episode.task_id].append(episode)
         else:
             traces.dropped[reason] += 1
-            if reason.startswith(NOT_SOLVED) and forbidden.why(episode.task_id) is None:
+            if _failed(episode, domain) and forbidden.why(episode.task_id) is None:
                 traces.failed[episode.task_id].append(episode)
     chosen = {task_id: _best(episodes, per_task, traces.dropped) for task_id, episodes in usable.items()}
     for episode in in_turns(chosen, seed):
@@ -172,6 +171,12 @@ class _Forbidden:
         return None if task_id in self.train or self.is_far(task_id) else "near a test task"
 
 
+def _failed(episode: Recorded, domain: str) -> bool:
+    """An episode of the domain that came to its end unsolved."""
+    record = episode.record
+    return episode.domain == domain and record.get("reward") is not None and not record.get("solved")
+
+
 def _why_not(episode: Recorded, domain: str, forbidden: _Forbidden, has_template: bool) -> str | None:
     record = episode.record
     if record.get("reward") is None:
@@ -179,7 +184,7 @@ def _why_not(episode: Recorded, domain: str, forbidden: _Forbidden, has_template
     if episode.domain != domain:
         return "other domain"
     if not record.get("solved"):
-        return f"{NOT_SOLVED}, {record['end_reason']}"
+        return f"not solved, {record['end_reason']}"
     return forbidden.why(episode.task_id) or _bad_example(episode, has_template)
 
 

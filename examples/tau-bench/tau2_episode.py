@@ -455,9 +455,17 @@ def _domains_folder() -> Path:
 
 
 @functools.cache
-def _all_tasks(domain: str) -> dict[str, Any]:
-    """Every task of a domain by id, in the file's order."""
+def tasks_by_id(domain: str) -> dict[str, Any]:
+    """Every task of a domain by id, in the file's order. They are shared: do not change them. Raises BadInput on an
+    unknown domain."""
+    check_domain(domain)
     return {task.id: task for task in _tau2().registry.get_tasks_loader(domain)(None)}
+
+
+def check_domain(domain: str) -> None:
+    """Raises BadInput on an unknown domain."""
+    if domain not in domains():
+        raise BadInput(f"unknown domain {domain!r}; choose one of: {', '.join(domains())}")
 
 
 def load_split_ids(domain: str) -> dict[str, list[str]]:
@@ -467,11 +475,10 @@ def load_split_ids(domain: str) -> dict[str, list[str]]:
 
 @functools.cache
 def _split_ids(domain: str) -> dict[str, list[str]]:
-    if domain not in domains():
-        raise BadInput(f"unknown domain {domain!r}; choose one of: {', '.join(domains())}")
+    check_domain(domain)
     file = _domains_folder() / SPLIT_FOLDERS[domain] / "split_tasks.json"
     splits = json.loads(file.read_text(encoding="utf-8"))
-    return splits if ALL_TASKS in splits else {**splits, ALL_TASKS: list(_all_tasks(domain))}
+    return splits if ALL_TASKS in splits else {**splits, ALL_TASKS: list(tasks_by_id(domain))}
 
 
 def load_tasks(domain: str, split: str) -> list[Any]:
@@ -482,7 +489,7 @@ def load_tasks(domain: str, split: str) -> list[Any]:
     if split not in splits:
         raise BadInput(f"unknown split {split!r} of domain {domain!r}; choose one of: {', '.join(splits)}")
     wanted = set(splits[split])
-    return [task for task_id, task in _all_tasks(domain).items() if task_id in wanted]
+    return [task for task_id, task in tasks_by_id(domain).items() if task_id in wanted]
 
 
 def issue_type(task_id: str) -> str:
