@@ -85,6 +85,16 @@ def test_runs_of_other_customers_or_limits_are_refused_unless_told(runs, tmp_pat
     assert "DIFFERENT max_steps" in capsys.readouterr().out
 
 
+def test_a_reader_that_has_gone_is_no_error(runs):
+    """`compare ... | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "evaluate_tau2", "compare", *map(str, sorted(runs.glob("*.json")))]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_only_common_episodes_are_paired(runs, tmp_path, capsys):
     other = str(tmp_path / "few.json")
     assert main(["--agent", "do-nothing", "--num-tasks", "4", "--output-path", other]) == 0

@@ -161,7 +161,12 @@ def reporting_errors(command: Callable[[Sequence[str]], int], argv: Sequence[str
 def _read_only(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """A command that only reads results: what it cannot make sense of is a damaged file."""
     try:
-        return command(argv)
+        code = command(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has read what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BadInput(f"a result among {' '.join(argv)[:200]} is damaged or of another version ({reason})") from error

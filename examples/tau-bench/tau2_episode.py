@@ -194,8 +194,7 @@ class EpisodeConfig:
 
     def validate(self) -> None:
         """Raises BadInput for a setting that no episode could run with."""
-        if self.domain not in domains():
-            raise BadInput(f"unknown domain {self.domain!r}; choose one of: {', '.join(domains())}")
+        check_domain(self.domain)
         if self.prompt not in PROMPTS:
             raise BadInput(f"unknown prompt profile {self.prompt!r}; choose one of: {', '.join(PROMPTS)}")
         self._check_domain()
