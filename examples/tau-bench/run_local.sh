@@ -3,7 +3,8 @@
 #   bash examples/tau-bench/run_local.sh            25 minutes on 2 cores after the installation
 #   QUICK=1 bash examples/tau-bench/run_local.sh    the same path with tiny counts, for a first look (not for its numbers)
 # tau2's telecom tasks -> teacher traces -> SFT -> RFT (SFT on the model's own episodes: those it solved, and those that
-# the teacher mended) -> GRPO with the shaped reward -> evaluation of all four on the 40 test tasks -> a table.
+# the teacher mended) -> GRPO with the shaped reward -> evaluation of all four on the 40 test tasks, and of the last with
+# ids drawn anew -> a table.
 # Everything lands in $RUN_DIR; run it again after an interruption and it goes on where it was. For a run with other
 # settings (SEED=1 ...), choose another RUN_DIR.
 set -euo pipefail
@@ -136,6 +137,7 @@ COLLECT_ARGS=(
    --task-split train
    --num-trials 2
    --temperature 0.7
+   --redraw-ids
 )
 
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
@@ -147,10 +149,10 @@ timed() { # timed STEP COMMAND...: run it and add its seconds to the step's
    printf '%s\t%s\n' "$step" $((SECONDS - start)) >>"$RUN_DIR/minutes.tsv"
 }
 
-evaluate() { # evaluate STAGE CHECKPOINT
+evaluate() { # evaluate STAGE CHECKPOINT [FLAGS]
    say "evaluation of $1"
    timed "eval_$1" "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$2" --output-path "$RUN_DIR/eval_$1.json" \
-      "${EPISODE_ARGS[@]}" "${EVAL_ARGS[@]}"
+      "${EPISODE_ARGS[@]}" "${EVAL_ARGS[@]}" "${@:3}"
 }
 
 mkdir -p "$RUN_DIR"
@@ -162,8 +164,10 @@ timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --
 evaluate base "$MODEL_DIR"
 
 say "2. SFT on teacher traces"
-# Tasks with an unpaid bill are few: this gives them a share of their own.
-timed sft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --prompt short --style checklist --seed "$SEED" \
+# Names, numbers and ids are drawn anew in every dialogue: they are to be copied, not remembered. Tasks with an unpaid
+# bill are few: the mix gives them a share of their own.
+timed sft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --prompt short --style checklist \
+   --redraw-ids --seed "$SEED" \
    --mix mms_issue=2,mobile_data_issue=2,service_issue=1,overdue_bill_suspension=1 --num-traces "$((SFT_ROLLOUTS * 2))" \
    --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl"
 timed sft "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${SFT_ARGS[@]}" "${TEACHER_ARGS[@]}"
@@ -191,6 +195,7 @@ fi
 say "3. GRPO with the shaped reward"
 timed grpo "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${GRPO_ARGS[@]}" --hf-checkpoint "$LAST_DIR/hf"
 evaluate grpo "$GRPO_DIR/hf"
+evaluate redrawn "$GRPO_DIR/hf" --redraw-ids
 
 say "4. the table, what it shows, and the report"
 "$PYTHON" examples/tau-bench/summarize.py --run-dir "$RUN_DIR"

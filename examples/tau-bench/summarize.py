@@ -2,8 +2,9 @@
 
     python examples/tau-bench/summarize.py --run-dir runs/local
 
-reads RUN_DIR/eval_{base,sft,rft,grpo}.json (evaluate_tau2.py) and RUN_DIR/minutes.tsv, and writes
-RUN_DIR/summary.json: {"stages": {"base": {numbers, "stage_minutes"}, ...}, "floor", "customer", "prompt", "minutes"}.
+reads RUN_DIR/eval_{base,sft,rft,grpo,redrawn}.json (evaluate_tau2.py; "redrawn" is the last checkpoint with names,
+numbers and ids drawn anew) and RUN_DIR/minutes.tsv, and writes RUN_DIR/summary.json:
+{"stages": {"base": {numbers, "stage_minutes"}, ...}, "floor", "customer", "prompt", "minutes"}.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from tau2_episode import BadInput
 from tau2_results import read_result, write_json
 
-STAGES = ("base", "sft", "rft", "grpo")
+STAGES = ("base", "sft", "rft", "grpo", "redrawn")
 ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")  # telecom's order; other domains' follow by name
 EPISODES = {"results", "simulations", "tasks", "info"}  # stay where they are
 NEEDED = {
