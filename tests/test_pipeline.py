@@ -101,6 +101,6 @@ def log(folder):
 
 
 def test_bad_input_of_the_whole_run_is_told_before_anything_runs(run):
-    assert "no eval_{base,sft,rft,grpo}.json" in run(EXAMPLE / "summarize.py", "--run-dir", "nowhere", code=2)
+    assert "no eval_{base,sft,rft,grpo,redrawn}.json" in run(EXAMPLE / "summarize.py", "--run-dir", "nowhere", code=2)
     assert "unknown domain 'phone'" in run(EXAMPLE / "tau2_mock.py", "--local_dir", "x", "--domain", "phone", code=2)
     assert not os.path.exists(run.folder / "x")
