@@ -135,9 +135,7 @@ EVAL_ARGS=(
 )
 COLLECT_ARGS=(
    --task-split train
-   --num-trials 2
    --temperature 0.7
-   --redraw-ids
 )
 
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
@@ -153,6 +151,11 @@ evaluate() { # evaluate STAGE CHECKPOINT [FLAGS]
    say "evaluation of $1"
    timed "eval_$1" "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$2" --output-path "$RUN_DIR/eval_$1.json" \
       "${EPISODE_ARGS[@]}" "${EVAL_ARGS[@]}" "${@:3}"
+}
+
+collect() { # collect CHECKPOINT OUTPUT [FLAGS]: an episode of every train task
+   timed rft "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$1" --output-path "$2" \
+      "${EPISODE_ARGS[@]}" "${COLLECT_ARGS[@]}" "${@:3}"
 }
 
 mkdir -p "$RUN_DIR"
@@ -175,12 +178,13 @@ evaluate sft "$SFT_DIR/hf"
 
 for ((round = 1; round <= RFT_ROUNDS; round++)); do
    say "2. SFT on the model's own episodes, solved or mended (RFT, round $round)"
-   collected=$RUN_DIR/collected_$round.json rows=$DATA_DIR/rollout_traces_$round.jsonl
-   timed rft "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$LAST_DIR/hf" --output-path "$collected" \
-      "${EPISODE_ARGS[@]}" "${COLLECT_ARGS[@]}" --seed "$((SEED + round))"
+   # Each task twice: with the ids that it has, of which some differ in one digit only, and with new ones.
+   stock=$RUN_DIR/collected_$round.json redrawn=$RUN_DIR/collected_${round}_redrawn.json rows=$DATA_DIR/rollout_traces_$round.jsonl
+   collect "$LAST_DIR/hf" "$stock" --seed "$((SEED + round))"
+   collect "$LAST_DIR/hf" "$redrawn" --seed "$((SEED + round))" --redraw-ids
    # Without a share for each kind of task the model forgets what its episodes seldom show.
-   timed rft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --from-rollouts "$collected" --output "$rows" \
-      --per-task 2 --mend 1 --style checklist --seed "$SEED" --num-traces "$((RFT_ROLLOUTS * 2))" \
+   timed rft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --from-rollouts "$stock" "$redrawn" --output "$rows" \
+      --per-task 2 --mend 2 --style checklist --seed "$SEED" --num-traces "$((RFT_ROLLOUTS * 2))" \
       --mix mms_issue=3,mobile_data_issue=2,service_issue=2,overdue_bill_suspension=1
    timed rft "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${SFT_ARGS[@]}" "${RFT_ARGS[@]}" \
       --hf-checkpoint "$LAST_DIR/hf" --prompt-data "$rows" --load "$RFT_DIR$round" --save "$RFT_DIR$round" \
