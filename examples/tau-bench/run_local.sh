@@ -138,6 +138,11 @@ COLLECT_ARGS=(
    --temperature 0.7
 )
 
+# Shares of the kinds of tasks in what is trained on; without, the model forgets what its episodes seldom show. A task counts
+# for the first that it has: a locked SIM or an ended contract ends in a hand-over, so the unpaid bills are those that
+# can be paid, three of 74 tasks.
+MIX=lock_sim_card_pin=1,contract_end_suspension=1,overdue_bill_suspension=2,service_issue=1,mms_issue=3,mobile_data_issue=2
+
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 timed() { # timed STEP COMMAND...: run it and add its seconds to the step's
@@ -167,11 +172,10 @@ timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --
 evaluate base "$MODEL_DIR"
 
 say "2. SFT on teacher traces"
-# Names, numbers and ids are drawn anew in every dialogue: they are to be copied, not remembered. Tasks with an unpaid
-# bill are few: the mix gives them a share of their own.
+# Names, numbers and ids are drawn anew in every dialogue: they are to be copied, not remembered.
 timed sft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --prompt short --style checklist \
    --redraw-ids --seed "$SEED" \
-   --mix mms_issue=2,mobile_data_issue=2,service_issue=1,overdue_bill_suspension=1 --num-traces "$((SFT_ROLLOUTS * 2))" \
+   --mix "$MIX" --num-traces "$((SFT_ROLLOUTS * 2))" \
    --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl"
 timed sft "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${SFT_ARGS[@]}" "${TEACHER_ARGS[@]}"
 evaluate sft "$SFT_DIR/hf"
@@ -182,10 +186,9 @@ for ((round = 1; round <= RFT_ROUNDS; round++)); do
    stock=$RUN_DIR/collected_$round.json redrawn=$RUN_DIR/collected_${round}_redrawn.json rows=$DATA_DIR/rollout_traces_$round.jsonl
    collect "$LAST_DIR/hf" "$stock" --seed "$((SEED + round))"
    collect "$LAST_DIR/hf" "$redrawn" --seed "$((SEED + round))" --redraw-ids
-   # Without a share for each kind of task the model forgets what its episodes seldom show.
    timed rft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --from-rollouts "$stock" "$redrawn" --output "$rows" \
       --per-task 2 --mend 2 --style checklist --seed "$SEED" --num-traces "$((RFT_ROLLOUTS * 2))" \
-      --mix mms_issue=3,mobile_data_issue=2,service_issue=2,overdue_bill_suspension=1
+      --mix "$MIX"
    timed rft "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${SFT_ARGS[@]}" "${RFT_ARGS[@]}" \
       --hf-checkpoint "$LAST_DIR/hf" --prompt-data "$rows" --load "$RFT_DIR$round" --save "$RFT_DIR$round" \
       --save-hf "$RFT_DIR$round/hf"
