@@ -141,7 +141,7 @@ COLLECT_ARGS=(
 # Shares of the kinds of tasks in what is trained on; without, the model forgets what its episodes seldom show. A task counts
 # for the first that it has: a locked SIM or an ended contract ends in a hand-over, so the unpaid bills are those that
 # can be paid, three of 74 tasks.
-MIX=lock_sim_card_pin=1,contract_end_suspension=1,overdue_bill_suspension=2,service_issue=1,mms_issue=3,mobile_data_issue=2
+MIX=lock_sim_card_pin=1,contract_end_suspension=1,overdue_bill_suspension=2,service_issue=1,mms_issue=5,mobile_data_issue=4
 
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
@@ -158,7 +158,7 @@ evaluate() { # evaluate STAGE CHECKPOINT [FLAGS]
       "${EPISODE_ARGS[@]}" "${EVAL_ARGS[@]}" "${@:3}"
 }
 
-collect() { # collect CHECKPOINT OUTPUT [FLAGS]: an episode of every train task
+collect() { # collect CHECKPOINT OUTPUT [FLAGS]: episodes of every train task
    timed rft "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$1" --output-path "$2" \
       "${EPISODE_ARGS[@]}" "${COLLECT_ARGS[@]}" "${@:3}"
 }
@@ -172,9 +172,7 @@ timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --
 evaluate base "$MODEL_DIR"
 
 say "2. SFT on teacher traces"
-# Names, numbers and ids are drawn anew in every dialogue: they are to be copied, not remembered.
-timed sft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --prompt short --style checklist \
-   --redraw-ids --seed "$SEED" \
+timed sft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --prompt short --style checklist --seed "$SEED" \
    --mix "$MIX" --num-traces "$((SFT_ROLLOUTS * 2))" \
    --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl"
 timed sft "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${SFT_ARGS[@]}" "${TEACHER_ARGS[@]}"
@@ -182,11 +180,16 @@ evaluate sft "$SFT_DIR/hf"
 
 for ((round = 1; round <= RFT_ROUNDS; round++)); do
    say "2. SFT on the model's own episodes, solved or mended (RFT, round $round)"
-   # Each task twice: with the ids that it has, of which some differ in one digit only, and with new ones.
-   stock=$RUN_DIR/collected_$round.json redrawn=$RUN_DIR/collected_${round}_redrawn.json rows=$DATA_DIR/rollout_traces_$round.jsonl
-   collect "$LAST_DIR/hf" "$stock" --seed "$((SEED + round))"
-   collect "$LAST_DIR/hf" "$redrawn" --seed "$((SEED + round))" --redraw-ids
-   timed rft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --from-rollouts "$stock" "$redrawn" --output "$rows" \
+   # Each task twice: in the first round with its own ids, then once with new ones, which are to be copied, not remembered.
+   collected=("$RUN_DIR/collected_$round.json") rows=$DATA_DIR/rollout_traces_$round.jsonl
+   if [ "$round" = 1 ]; then
+      collect "$LAST_DIR/hf" "${collected[0]}" --num-trials 2 --seed "$((SEED + round))"
+   else
+      collected+=("$RUN_DIR/collected_${round}_redrawn.json")
+      collect "$LAST_DIR/hf" "${collected[0]}" --seed "$((SEED + round))"
+      collect "$LAST_DIR/hf" "${collected[1]}" --seed "$((SEED + round))" --redraw-ids
+   fi
+   timed rft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --from-rollouts "${collected[@]}" --output "$rows" \
       --per-task 2 --mend 2 --style checklist --seed "$SEED" --num-traces "$((RFT_ROLLOUTS * 2))" \
       --mix "$MIX"
    timed rft "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${SFT_ARGS[@]}" "${RFT_ARGS[@]}" \
