@@ -104,20 +104,24 @@ INLINE void block(const int rows, const int columns, const float *x, int64_t xs,
     }
 }
 
+/* BLOCK with its number of rows, fewer than ROWS, as a constant. */
+#define REST(rows, BLOCK) \
+    switch (rows) { \
+        case 1: BLOCK(1); break; \
+        case 2: BLOCK(2); break; \
+        case 3: BLOCK(3); break; \
+        case 4: BLOCK(4); break; \
+        case 5: BLOCK(5); break; \
+        case 6: BLOCK(6); break; \
+        case 7: BLOCK(7); break; \
+    }
+
 /* The same for any number of rows, `most` at a time. */
 INLINE void blocks(const int most, int64_t m, const int columns, const float *x, int64_t xs, const float *w, int64_t ws,
                    const float *plus, int64_t ps, float *y, int64_t ys, int64_t k, int64_t width) {
 #define BLOCK(rows) block(rows, columns, x, xs, w, ws, plus, ps, y, ys, k, width)
     for (; m >= most; m -= most, x += most * xs, y += most * ys, plus += plus ? most * ps : 0) BLOCK(most);
-    switch (m) {
-        case 1: BLOCK(1); break;
-        case 2: BLOCK(2); break;
-        case 3: BLOCK(3); break;
-        case 4: BLOCK(4); break;
-        case 5: BLOCK(5); break;
-        case 6: BLOCK(6); break;
-        case 7: BLOCK(7); break;
-    }
+    REST(m, BLOCK)
 }
 
 /* y [m][n] = x [m][k] times panels of a weight [n][k], plus `plus` (rows ps apart: a bias has 0). */
@@ -173,15 +177,7 @@ INLINE void blocks_bf16(const int most, int64_t m, const int columns, const bf16
                         int64_t ws, const float *plus, int64_t ps, float *y, int64_t ys, int64_t k, int64_t width) {
 #define BLOCK_BF16(rows) block_bf16(rows, columns, x, xs, w, ws, plus, ps, y, ys, k, width)
     for (; m >= most; m -= most, x += most * xs, y += most * ys, plus += plus ? most * ps : 0) BLOCK_BF16(most);
-    switch (m) {
-        case 1: BLOCK_BF16(1); break;
-        case 2: BLOCK_BF16(2); break;
-        case 3: BLOCK_BF16(3); break;
-        case 4: BLOCK_BF16(4); break;
-        case 5: BLOCK_BF16(5); break;
-        case 6: BLOCK_BF16(6); break;
-        case 7: BLOCK_BF16(7); break;
-    }
+    REST(m, BLOCK_BF16)
 }
 
 static void multiply_bf16(const float *x, bf16 *rounded, const bf16 *panels, const float *plus, int64_t ps, float *y,
@@ -437,7 +433,7 @@ typedef struct {
     void *keys, *values;                 /* [kv][wide][D] */
     bf16 *keys_as_values, *values_as_keys;
     float *scores;                       /* [threads][2][TILE][wide] */
-    bf16 *rounded;                       /* [threads][3][TILE][wide] */
+    bf16 *rounded;                       /* [threads][2][TILE][wide] */
     float *sum_dk, *sum_dv;              /* [threads][kv][m][D], zeros */
 } Attention;
 
@@ -481,7 +477,7 @@ void attend_forward(const Attention *a, float *out, float *sums, int64_t threads
 #pragma omp parallel num_threads(threads)
     {
         float *scores = a->scores + 2 * TILE * wide * omp_get_thread_num();
-        bf16 *rounded = a->rounded + 3 * TILE * wide * omp_get_thread_num();
+        bf16 *rounded = a->rounded + 2 * TILE * wide * omp_get_thread_num();
         float tile[TILE * MAX_DIM], found[TILE * MAX_DIM];
         bf16 rounded_tile[TILE * MAX_DIM];
         pack(a, 0);
@@ -529,7 +525,7 @@ void attend_backward(const Attention *a, int64_t threads) {
     {
         int64_t thread = omp_get_thread_num();
         float *scores = a->scores + 2 * TILE * wide * thread, *by_score = scores + TILE * wide;
-        bf16 *rounded = a->rounded + 3 * TILE * wide * thread, *turned = rounded + TILE * wide;
+        bf16 *rounded = a->rounded + 2 * TILE * wide * thread, *turned = rounded + TILE * wide;
         float *dk = a->sum_dk + thread * a->kv * m * dim, *dv = a->sum_dv + thread * a->kv * m * dim;
         float tile[TILE * MAX_DIM], found[TILE * MAX_DIM];
         bf16 queries[TILE * MAX_DIM], grads[TILE * MAX_DIM];

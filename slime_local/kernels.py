@@ -199,7 +199,7 @@ def _attention(
     wide, scores = -(-m // width) * width, torch.get_num_threads() * TILE
     tensors |= {form: torch.empty(kv * wide * dim, dtype=products) for form in forms}
     tensors |= {"q": q, "k": k, "v": v, "scores": q.new_empty(2 * scores * wide)}
-    tensors["rounded"] = torch.empty(3 * scores * wide * (products == torch.bfloat16), dtype=torch.bfloat16)
+    tensors["rounded"] = torch.empty(2 * scores * wide * (products == torch.bfloat16), dtype=torch.bfloat16)
     pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     in_bf16 = products == torch.bfloat16
     return _Attention(n=n, m=m, kv=kv, group=group, dim=dim, in_bf16=in_bf16, wide=wide, **pointers), tensors

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from slime_local import kernels
 from slime_local.compiled_decoder import CompiledDecoder, fits
+from slime_local.engine import KV_PANEL
 from slime_local.kept_attention import KeptAttention
 from slime_local.model import Linear, Transformer
 from slime_local.prefixes import decode_plan
@@ -195,18 +196,13 @@ def torchs_order(kv):
 # Few different tokens, so that prefixes are shared in many ways.
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=8).map(sorted)
 APPENDS = st.lists(st.tuples(st.integers(0, 40), st.integers(2, 40)), max_size=3)
+ANY_STEP = {"sequences": SEQUENCES, "appends": APPENDS, "spared": st.sampled_from([1, 3, 100])}
+ANY_STEP |= {"family": st.sampled_from(list(CONFIGS))}
 
 
 @needs_compiler
 @settings(max_examples=60, deadline=None)
-@given(
-    sequences=SEQUENCES,
-    appends=APPENDS,
-    spared=st.sampled_from([1, 3, 100]),
-    family=st.sampled_from(list(CONFIGS)),
-    group=st.integers(1, 4),
-    dim=st.sampled_from([16, 48, 64, 80, 128]),
-)
+@given(**ANY_STEP, group=st.integers(1, 4), dim=st.sampled_from([16, 48, 64, 80, 128]))
 def test_any_step_is_torchs(sequences, appends, spared, family, group, dim):
     if sequences or appends:
         with pytest.MonkeyPatch.context() as patch:
@@ -218,13 +214,7 @@ def test_any_step_is_torchs(sequences, appends, spared, family, group, dim):
 
 @needs_bf16
 @settings(max_examples=60, deadline=None)
-@given(
-    sequences=SEQUENCES,
-    appends=APPENDS,
-    spared=st.sampled_from([1, 3, 100]),
-    family=st.sampled_from(list(CONFIGS)),
-    dim=st.sampled_from([16, 48, 64, 128]),
-)
+@given(**ANY_STEP, dim=st.sampled_from([16, 48, 64, 128]))
 def test_any_step_in_bf16_is_near_torchs(sequences, appends, spared, family, dim):
     """Beside torch's layers, whose products round what comes out as well: bf16 has 8 bits."""
     if sequences or appends:
@@ -234,7 +224,7 @@ def test_any_step_in_bf16_is_near_torchs(sequences, appends, spared, family, dim
             patch.setattr("slime_local.prefixes.MIN_SPARED_TOKENS", spared)
             ours, torchs = both(model, patch, sequences, appends)
         for found, expected in zip(ours, torchs, strict=True):
-            assert (found - expected).norm() < 0.03 * expected.norm() + 1e-6
+            assert (found - expected).norm() <= 0.02 * expected.norm()
 
 
 @needs_compiler
@@ -372,3 +362,4 @@ def test_the_constants_are_those_of_the_source():
     assert f"#define LANES {kernels.LANES} " in source
     assert f"#define MAX_DIM {kernels.MAX_DIM} " in source
     assert f"#define TILE {kernels.TILE} " in source
+    assert f"#define PANEL {KV_PANEL}\n" in source  # the widest
