@@ -104,7 +104,7 @@ class CompiledDecoder:
         heads = kv_heads * group
         widths = (hidden, (heads + 2 * kv_heads) * dim, heads * dim, 2 * ffn, ffn)
         scratch = [x.new_empty(rows, width) for width in widths]
-        scratch.append(x.new_empty(rows * (max(widths) + 1) * self.in_bf16, dtype=torch.bfloat16))
+        scratch.append(x.new_empty(rows * (max(widths) + 1) * self.in_bf16))
         scratch += [x.new_empty(len(results), heads, dim), x.new_empty(len(results), heads)]
         tensors = [cos.contiguous(), sin.contiguous(), x, *scratch]
         pointers = [table.ctypes.data for table in tables] + [tensor.data_ptr() for tensor in tensors]

@@ -7,7 +7,8 @@
 
    Weights are read in panels: PANEL neighbouring outputs, input after input, [ceil(n_out / PANEL)][n_in][PANEL]. One
    row then reads each of them once in order, at the rate of the memory, and many rows use the vector units fully. In
-   bf16 two inputs stand side by side, [ceil(n_out / PANEL)][ceil(n_in / 2)][PANEL][2]: the CPU multiplies pairs.
+   bf16 two inputs stand side by side, [ceil(n_out / PANEL)][ceil(n_in / 2)][PANEL][2]: some CPUs multiply pairs, and
+   others, with WIDEN, multiply faster what is widened to fp32 on its way to the vector units.
 
    Keys and values are kept as the right operands of such products, position after position. Keys, multiplied over D, are
    panels of positions, [capacity / PANEL][D][PANEL], in bf16 [..][D / 2][PANEL][2]; values, multiplied over positions,
@@ -18,11 +19,16 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #define HAS_BF16 1
 #else
 #define HAS_BF16 0
+#endif
+#if defined __AVX512BF16__ && !defined WIDEN
+#define PAIRS 1
+#else
+#define PAIRS 0
 #endif
 
 #define LANES 16 /* compilers split vectors of this length where the machine's are shorter */
@@ -39,6 +45,13 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t bf16;
+
+/* An element of a left operand of a product in bf16: rounded, and stored as it is multiplied. */
+#if PAIRS
+typedef bf16 left;
+#else
+typedef float left;
+#endif
 
 /* qkv, proj, fc1 and fc2 are panels. */
 typedef struct {
@@ -77,18 +90,28 @@ typedef struct {
     const int64_t *results_of, *results; /* results[results_of[r] .. results_of[r + 1]) belong to row r */
     const float *cos, *sin;              /* [rows][D / 2] */
     float *x, *normed, *qkv, *attended, *gate_up, *gate;
-    bf16 *rounded; /* [rows * (the widest + 1)]: the input of a product */
+    left *rounded; /* [rows * (the widest + 1)]: the input of a product */
     float *partial, *sums; /* [results][kv_heads * group](x D): attention over one part, and its log-sum-exp */
 } Step;
 
 int64_t panel_width(void) { return PANEL; }
 int64_t part_keys(void) { return KEYS; }
 int64_t has_bf16(void) { return HAS_BF16; }
+int64_t multiplies_bf16(void) { return PAIRS; } /* else what was rounded is multiplied at the rate of fp32 */
 
 /* ---- products --------------------------------------------------------------------------------------------------- */
 
-/* y[r][0 .. width) = sum over i of x[r][i] * w[i][0 .. width), plus `plus` where that is not NULL. The arguments that
-   end in s are the distances of rows. */
+/* The sums of a block, plus `plus` where that is not NULL. The arguments that end in s are the distances of rows. */
+INLINE void put_block(const int rows, vec sum[ROWS][VALUES / LANES], const float *plus, int64_t ps, float *y,
+                      int64_t ys, int64_t width) {
+    for (int r = 0; r < rows; r++) {
+        float out[VALUES];
+        memcpy(out, sum[r], sizeof out);
+        for (int64_t c = 0; c < width; c++) y[r * ys + c] = out[c] + (plus ? plus[r * ps + c] : 0.0f);
+    }
+}
+
+/* y[r][0 .. width) = sum over i of x[r][i] * w[i][0 .. width), plus `plus`. */
 INLINE void block(const int rows, const int columns, const float *x, int64_t xs, const float *w, int64_t ws,
                   const float *plus, int64_t ps, float *y, int64_t ys, int64_t k, int64_t width) {
     vec sum[ROWS][VALUES / LANES];
@@ -97,11 +120,7 @@ INLINE void block(const int rows, const int columns, const float *x, int64_t xs,
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < columns; c++)
                 sum[r][c] += x[r * xs + i] * *(const vec *)(w + i * ws + c * LANES);
-    for (int r = 0; r < rows; r++) {
-        float out[VALUES];
-        memcpy(out, sum[r], sizeof out);
-        for (int64_t c = 0; c < width; c++) y[r * ys + c] = out[c] + (plus ? plus[r * ps + c] : 0.0f);
-    }
+    put_block(rows, sum, plus, ps, y, ys, width);
 }
 
 /* BLOCK with its number of rows, fewer than ROWS, as a constant. */
@@ -141,46 +160,60 @@ INLINE bf16 to_bf16(float x) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+INLINE float widened(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE left to_left(float x) { return PAIRS ? to_bf16(x) : widened(to_bf16(x)); }
+
 /* n values, and a zero behind an odd number of them. */
-INLINE void round_vector(const float *x, bf16 *y, int64_t n) {
-    for (int64_t i = 0; i < n; i++) y[i] = to_bf16(x[i]);
+INLINE void round_vector(const float *x, left *y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] = to_left(x[i]);
     if (n & 1) y[n] = 0;
 }
 
 #if HAS_BF16
+/* sum + the products of x's pair and pairs of weights. Not left to the compiler, which would add the two first. */
+INLINE __m512 add_pair(__m512 sum, const left *x, __m512i pairs) {
+#if PAIRS
+    int32_t pair;
+    memcpy(&pair, x, sizeof pair);
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)pairs);
+#else
+    __m512 first = (__m512)_mm512_slli_epi32(pairs, 16);
+    __m512 second = (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000));
+    return _mm512_fmadd_ps(_mm512_set1_ps(x[1]), second, _mm512_fmadd_ps(_mm512_set1_ps(x[0]), first, sum));
+#endif
+}
+
 /* As `block`, over pairs of inputs. w is [k / 2][..][2], its pairs ws apart; k is even. */
-INLINE void block_bf16(const int rows, const int columns, const bf16 *x, int64_t xs, const bf16 *w, int64_t ws,
+INLINE void block_bf16(const int rows, const int columns, const left *x, int64_t xs, const bf16 *w, int64_t ws,
                        const float *plus, int64_t ps, float *y, int64_t ys, int64_t k, int64_t width) {
-    __m512 sum[ROWS][VALUES / LANES];
+    vec sum[ROWS][VALUES / LANES];
     memset(sum, 0, sizeof sum);
     for (int64_t i = 0; i < k; i += 2, w += ws)
-        for (int r = 0; r < rows; r++) {
-            int32_t pair;
-            memcpy(&pair, x + r * xs + i, sizeof pair);
+        for (int r = 0; r < rows; r++)
             for (int c = 0; c < columns; c++)
-                sum[r][c] = _mm512_dpbf16_ps(sum[r][c], (__m512bh)_mm512_set1_epi32(pair),
-                                             (__m512bh)_mm512_loadu_si512(w + c * 2 * LANES));
-        }
-    for (int r = 0; r < rows; r++) {
-        float out[VALUES];
-        memcpy(out, sum[r], sizeof out);
-        for (int64_t c = 0; c < width; c++) y[r * ys + c] = out[c] + (plus ? plus[r * ps + c] : 0.0f);
-    }
+                sum[r][c] = add_pair(sum[r][c], x + r * xs + i, _mm512_loadu_si512(w + c * 2 * LANES));
+    put_block(rows, sum, plus, ps, y, ys, width);
 }
 #else
-INLINE void block_bf16(const int rows, const int columns, const bf16 *x, int64_t xs, const bf16 *w, int64_t ws,
+INLINE void block_bf16(const int rows, const int columns, const left *x, int64_t xs, const bf16 *w, int64_t ws,
                        const float *plus, int64_t ps, float *y, int64_t ys, int64_t k, int64_t width) {}
 #endif
 
 /* As `blocks`. */
-INLINE void blocks_bf16(const int most, int64_t m, const int columns, const bf16 *x, int64_t xs, const bf16 *w,
+INLINE void blocks_bf16(const int most, int64_t m, const int columns, const left *x, int64_t xs, const bf16 *w,
                         int64_t ws, const float *plus, int64_t ps, float *y, int64_t ys, int64_t k, int64_t width) {
 #define BLOCK_BF16(rows) block_bf16(rows, columns, x, xs, w, ws, plus, ps, y, ys, k, width)
     for (; m >= most; m -= most, x += most * xs, y += most * ys, plus += plus ? most * ps : 0) BLOCK_BF16(most);
     REST(m, BLOCK_BF16)
 }
 
-static void multiply_bf16(const float *x, bf16 *rounded, const bf16 *panels, const float *plus, int64_t ps, float *y,
+static void multiply_bf16(const float *x, left *rounded, const bf16 *panels, const float *plus, int64_t ps, float *y,
                           int64_t m, int64_t n, int64_t k) {
     int64_t even = k + (k & 1);
 #pragma omp for schedule(static)
@@ -193,8 +226,8 @@ static void multiply_bf16(const float *x, bf16 *rounded, const bf16 *panels, con
     }
 }
 
-/* `rounded`: room for x in bf16 where the panels are in bf16, else NULL. */
-static void multiply_by(const void *panels, bf16 *rounded, const float *x, const float *plus, int64_t ps, float *y,
+/* `rounded`: room for x as a left operand where the panels are in bf16, else NULL. */
+static void multiply_by(const void *panels, left *rounded, const float *x, const float *plus, int64_t ps, float *y,
                         int64_t m, int64_t n, int64_t k) {
     if (rounded)
         multiply_bf16(x, rounded, panels, plus, ps, y, m, n, k);
@@ -202,7 +235,7 @@ static void multiply_by(const void *panels, bf16 *rounded, const float *x, const
         multiply(x, panels, plus, ps, y, m, n, k);
 }
 
-void product(const float *x, const void *panels, const float *bias, float *y, bf16 *rounded, int64_t m, int64_t n,
+void product(const float *x, const void *panels, const float *bias, float *y, left *rounded, int64_t m, int64_t n,
              int64_t k, int64_t threads) {
 #pragma omp parallel num_threads(threads)
     multiply_by(panels, rounded, x, bias, 0, y, m, n, k);
@@ -352,7 +385,7 @@ INLINE void attend_part(const Model *model, const Step *step, const Part *part, 
     const void *keys = element(part->kept, (2 * kv * layer + head) * part->head + from * dim, in_bf16);
     const void *values = element(keys, kv * part->head, in_bf16);
     float q[ROWS * MAX_DIM], scores[ROWS * KEYS], out[ROWS * MAX_DIM], scale = 1 / sqrtf(dim);
-    bf16 rounded_q[ROWS * MAX_DIM], rounded[ROWS * KEYS];
+    left rounded_q[ROWS * MAX_DIM], rounded[ROWS * KEYS];
     for (int64_t first = 0; first < part->rows * group; first += ROWS) {
         int64_t m = part->rows * group - first < ROWS ? part->rows * group - first : ROWS;
         int64_t last = part->visible + (first + m - 1) / group;
@@ -433,7 +466,7 @@ typedef struct {
     void *keys, *values;                 /* [kv][wide][D] */
     bf16 *keys_as_values, *values_as_keys;
     float *scores;                       /* [threads][2][TILE][wide] */
-    bf16 *rounded;                       /* [threads][2][TILE][wide] */
+    left *rounded;                       /* [threads][2][TILE][wide] */
     float *sum_dk, *sum_dv;              /* [threads][kv][m][D], zeros */
 } Attention;
 
@@ -463,7 +496,7 @@ static void pack(const Attention *a, int both_forms) {
 }
 
 /* The queries first .. first + rows of one head, times 1 / sqrt(D): tile [rows][D], in bf16 in `rounded` too. */
-static void load_queries(const Attention *a, int64_t head, int64_t first, int64_t rows, float *tile, bf16 *rounded) {
+static void load_queries(const Attention *a, int64_t head, int64_t first, int64_t rows, float *tile, left *rounded) {
     float scale = 1 / sqrtf(a->dim);
     for (int64_t i = 0; i < rows; i++) {
         const float *from = a->q + place_of(a, head, first + i) * a->dim;
@@ -477,9 +510,9 @@ void attend_forward(const Attention *a, float *out, float *sums, int64_t threads
 #pragma omp parallel num_threads(threads)
     {
         float *scores = a->scores + 2 * TILE * wide * omp_get_thread_num();
-        bf16 *rounded = a->rounded + 2 * TILE * wide * omp_get_thread_num();
+        left *rounded = a->rounded + 2 * TILE * wide * omp_get_thread_num();
         float tile[TILE * MAX_DIM], found[TILE * MAX_DIM];
-        bf16 rounded_tile[TILE * MAX_DIM];
+        left rounded_tile[TILE * MAX_DIM];
         pack(a, 0);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t t = 0; t < tiles; t++)
@@ -506,10 +539,10 @@ void attend_forward(const Attention *a, float *out, float *sums, int64_t threads
 
 /* sum [n][D], rows `stride` apart, += the transpose of weights [TILE][seen] times rows [TILE][D], as `put_value` has
    them. `turned` has room for the transpose. */
-static void add_turned(const float *weights, int64_t wide, int64_t rows, int64_t seen, const bf16 *values, bf16 *turned,
+static void add_turned(const float *weights, int64_t wide, int64_t rows, int64_t seen, const bf16 *values, left *turned,
                        float *sum, int64_t dim) {
     for (int64_t j = 0; j < seen; j++)
-        for (int64_t i = 0; i < TILE; i++) turned[j * TILE + i] = i < rows ? to_bf16(weights[i * wide + j]) : 0;
+        for (int64_t i = 0; i < TILE; i++) turned[j * TILE + i] = i < rows ? to_left(weights[i * wide + j]) : 0;
     int64_t d = 0;
     for (; d + VALUES <= dim; d += VALUES)
         blocks_bf16(ROWS / 2, seen, VALUES / LANES, turned, TILE, values + 2 * d, 2 * dim, sum + d, dim, sum + d, dim, TILE,
@@ -525,10 +558,10 @@ void attend_backward(const Attention *a, int64_t threads) {
     {
         int64_t thread = omp_get_thread_num();
         float *scores = a->scores + 2 * TILE * wide * thread, *by_score = scores + TILE * wide;
-        bf16 *rounded = a->rounded + 2 * TILE * wide * thread, *turned = rounded + TILE * wide;
+        left *rounded = a->rounded + 2 * TILE * wide * thread, *turned = rounded + TILE * wide;
         float *dk = a->sum_dk + thread * a->kv * m * dim, *dv = a->sum_dv + thread * a->kv * m * dim;
         float tile[TILE * MAX_DIM], found[TILE * MAX_DIM];
-        bf16 queries[TILE * MAX_DIM], grads[TILE * MAX_DIM];
+        left queries[TILE * MAX_DIM], grads[TILE * MAX_DIM];
         bf16 queries_as_values[TILE * MAX_DIM], grads_as_values[TILE * MAX_DIM];
         pack(a, 1);
         /* In fixed turns: each thread's sums, and so the gradient's bits, are the same in every run. */
@@ -622,7 +655,7 @@ void sample(const float *logits, int64_t m, int64_t n, const float *temperatures
 void decode(const Model *model, const Step *step, int64_t threads) {
     int64_t m = step->rows, hidden = model->hidden, ffn = model->ffn;
     int64_t heads = model->kv_heads * model->group * model->dim, width = heads + 2 * model->kv_heads * model->dim;
-    bf16 *rounded = model->in_bf16 ? step->rounded : NULL;
+    left *rounded = model->in_bf16 ? step->rounded : NULL;
 #pragma omp parallel num_threads(threads)
     for (int64_t layer = 0; layer < model->layers; layer++) {
         const Layer *w = model->layer + layer;

@@ -119,9 +119,14 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         to_x, to_weight, _ = ctx.needs_input_grad
-        rounded = grad.to(x.dtype)
+        rounded = grad.to(gradient_dtype(x.dtype, x.device))
         by_x = _by_input(rounded, weight).to(grad.dtype) if to_x else None
-        return by_x, _by_weight(rounded, x, weight) if to_weight else None, None
+        return by_x, _by_weight(rounded, x.to(rounded.dtype), weight) if to_weight else None, None
+
+
+def gradient_dtype(products: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the products of a gradient: that of the others, or fp32 where only the kernels are fast in bf16."""
+    return products if kernels.multiplies_bf16(device) else torch.float32
 
 
 def _by_input(grad: Tensor, weight: Tensor) -> Tensor:
@@ -147,12 +152,12 @@ class GatedProduct(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         gate_up, weight = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        rounded = grad.to(ctx.dtype)
+        rounded = grad.to(gradient_dtype(ctx.dtype, grad.device))
         gated = F.silu(gate)
         by_product = _by_input(rounded, weight).to(grad.dtype)
         by_up = by_product * gated
         by_gate = torch.ops.aten.silu_backward(by_product.mul_(up), gate)
-        to_weight = _by_weight(rounded, gated.mul_(up).to(ctx.dtype), weight) if ctx.needs_input_grad[1] else None
+        to_weight = _by_weight(rounded, gated.mul_(up).to(rounded.dtype), weight) if ctx.needs_input_grad[1] else None
         return torch.cat((by_gate, by_up), dim=-1), to_weight, None
 
 
