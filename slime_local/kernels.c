@@ -39,8 +39,9 @@
 #define PANEL 16
 #endif
 #define VALUES (2 * PANEL) /* elements of a value that are read together, for ROWS / 2 queries */
-#define KEYS 256    /* most keys of a part */
+#define KEYS 512    /* most keys of a part */
 #define MAX_DIM 256 /* largest D */
+#define AHEAD 4096  /* bytes that a block asks for in advance: the hardware does so within a page of memory only */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -116,10 +117,11 @@ INLINE void block(const int rows, const int columns, const float *x, int64_t xs,
                   const float *plus, int64_t ps, float *y, int64_t ys, int64_t k, int64_t width) {
     vec sum[ROWS][VALUES / LANES];
     memset(sum, 0, sizeof sum);
-    for (int64_t i = 0; i < k; i++)
+    for (int64_t i = 0; i < k; i++, w += ws) {
+        for (int c = 0; c < columns; c++) __builtin_prefetch((const char *)(w + c * LANES) + AHEAD);
         for (int r = 0; r < rows; r++)
-            for (int c = 0; c < columns; c++)
-                sum[r][c] += x[r * xs + i] * *(const vec *)(w + i * ws + c * LANES);
+            for (int c = 0; c < columns; c++) sum[r][c] += x[r * xs + i] * *(const vec *)(w + c * LANES);
+    }
     put_block(rows, sum, plus, ps, y, ys, width);
 }
 
@@ -194,10 +196,12 @@ INLINE void block_bf16(const int rows, const int columns, const left *x, int64_t
                        const float *plus, int64_t ps, float *y, int64_t ys, int64_t k, int64_t width) {
     vec sum[ROWS][VALUES / LANES];
     memset(sum, 0, sizeof sum);
-    for (int64_t i = 0; i < k; i += 2, w += ws)
+    for (int64_t i = 0; i < k; i += 2, w += ws) {
+        for (int c = 0; c < columns; c++) __builtin_prefetch((const char *)(w + c * 2 * LANES) + AHEAD);
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < columns; c++)
                 sum[r][c] = add_pair(sum[r][c], x + r * xs + i, _mm512_loadu_si512(w + c * 2 * LANES));
+    }
     put_block(rows, sum, plus, ps, y, ys, width);
 }
 #else

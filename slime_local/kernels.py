@@ -101,8 +101,8 @@ def _run(*command: str) -> None:
 
 
 def _widen() -> tuple[str, ...]:
-    """Intel's vector units take two cycles for a product of bf16 pairs and half a cycle for one in fp32 (measured on an
-    Emerald Rapids: 86 and 176 GFLOP/s a core), AMD's are faster in bf16."""
+    """Intel's vector units take two cycles for a product of bf16 pairs and half a cycle for one in fp32 (an Emerald
+    Rapids was measured: 86 and 176 GFLOP/s a core). AMD's are faster in bf16."""
     return ("-DWIDEN",) if "GenuineIntel" in _cpu() else ()
 
 
