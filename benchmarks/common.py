@@ -230,11 +230,15 @@ def number(value: float) -> str:
 
 
 def command() -> str:
-    """The command of this process, with the script's path as seen from the repository root."""
+    """The command of this process, with paths as seen from the repository root; of those outside only the name."""
     script = Path(sys.argv[0]).resolve()
     name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
-    arguments = [arg.replace(f"{ROOT}{os.sep}", "") for arg in sys.argv[1:]]
-    return shlex.join(["python", name, *arguments])
+    return shlex.join(["python", name, *map(_seen_from_root, sys.argv[1:])])
+
+
+def _seen_from_root(argument: str) -> str:
+    shorter = argument.replace(f"{ROOT}{os.sep}", "")
+    return f".../{Path(shorter).name}" if Path(shorter).is_absolute() else shorter
 
 
 def versions(packages: Sequence[str] = ()) -> dict[str, str | None]:
@@ -310,6 +314,14 @@ def matrix_rate(
     x = torch.randn(rows, hidden, dtype=dtype, device=device)
     flops = 2 * 2 * rows * hidden * wide
     return flops / _best(lambda: (x @ up) @ down, seconds, device) / 1e12
+
+
+def best_matrix_rate(device: str = "cpu") -> tuple[float, str]:
+    """TFLOP/s in whichever of fp32 and bf16 this machine multiplies faster, and which one; on a GPU in bf16."""
+    import torch
+
+    dtypes = (torch.bfloat16,) if device.startswith("cuda") else (torch.float32, torch.bfloat16)
+    return max((matrix_rate(dtype, device=device), str(dtype).removeprefix("torch.")) for dtype in dtypes)
 
 
 def read_bandwidth(device: str = "cpu", megabytes: int = 1024, seconds: float = 1.0) -> float:

@@ -3,8 +3,8 @@
     python benchmarks/grpo_step.py           # 2 groups of 4 samples; --quick: 1 group of a short one
 
 Both sides get the same tokens, masks, advantages and engine log-probs, train all parameters and do forward, clipped
-loss, backward and AdamW in one dtype (bf16 where the CPU multiplies it faster, with autocast on TRL's side; weights in
-fp32). The samples are dialogues of the scripted teacher; those of a group share the first quarter. TRL's side is
+loss, backward and AdamW, weights in fp32; TRL in whichever of fp32 and bf16 (autocast) this machine multiplies faster.
+The samples are dialogues of the scripted teacher; those of a group share the first quarter. TRL's side is
 `GRPOTrainer._compute_loss`, one sample at a time (no padding), without gradient checkpointing.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 
-from common import measure, need, parser, ratio, smollm2_dir, write_result
+from common import best_matrix_rate, measure, need, parser, ratio, smollm2_dir, write_result
 from parts.telecom import dialogues, flags, huge_pages
 
 GROUP = 4
@@ -27,14 +27,14 @@ def main() -> None:
     huge_pages()
     folder = smollm2_dir()
     samples = stored_rollout(folder, args.groups or (1 if args.quick else 2), longest=not args.quick)
-    ours, in_bf16 = our_step(folder, samples)
-    sides = {"TRL": trl_step(folder, samples, in_bf16), "ours": ours}
+    _, dtype = best_matrix_rate()
+    sides = {"TRL": trl_step(folder, samples, dtype == "bfloat16"), "ours": our_step(folder, samples)}
     seconds = measure(sides, repeats=args.repeats or (2 if args.quick else 3))
     tokens = sum(len(sample["tokens"]) for sample in samples)
     rates = {side: [tokens / value for value in values] for side, values in seconds.items()}
     question = f"GRPO step on {len(samples)} stored samples: tokens a second beside TRL's GRPOTrainer"
     result = {"target": 3, "quick": args.quick, "packages": ("trl",), "folder": args.results}
-    details = {"samples": len(samples), "tokens": tokens, "bf16": in_bf16}
+    details = {"samples": len(samples), "tokens": tokens, "trl_dtype": dtype}
     speedup = ratio(seconds, "TRL", "ours")
     write_result("grpo-step", question, rates, unit="tokens/s", ratio=speedup, details=details, **result)
 
@@ -58,9 +58,7 @@ def stored_rollout(folder, groups: int, longest: bool) -> list[dict]:
 
 
 def our_step(folder, samples: list[dict]):
-    """(one optimizer step of slime_local's trainer with run_local.sh's GRPO settings, whether in bf16)"""
-    import torch
-
+    """One optimizer step of slime_local's trainer with run_local.sh's GRPO settings."""
     from slime_local.model import load_model
     from slime_local.trainer import Trainer
 
@@ -78,7 +76,7 @@ def our_step(folder, samples: list[dict]):
         "rewards": [advantage(sample) for sample in samples],
         "rollout_ids": list(range(count)),
     }
-    return lambda: trainer.train(0, data), model.product_dtype == torch.bfloat16
+    return lambda: trainer.train(0, data)
 
 
 def advantage(sample: dict) -> float:

@@ -3,9 +3,9 @@
     python benchmarks/sft_step.py            # SmolLM2-135M-Instruct, 4 dialogues of the scripted teacher a step
     python benchmarks/sft_step.py --quick    # 2 dialogues
 
-Same model, dialogues, loss mask, dtype (bf16 where this CPU multiplies it faster, with autocast on TRL's side; weights
-in fp32) and fused AdamW. TRL runs without gradient checkpointing, which is slower. Also
-says which share of this machine's matrix rate our step reaches (the weights' products only, attention not counted).
+Same model, dialogues, loss mask and fused AdamW, weights in fp32. TRL runs in whichever of fp32 and bf16 (autocast)
+this machine multiplies faster, and without gradient checkpointing, which is slower. Also says which share of that
+matrix rate our step reaches (the weights' products only, attention not counted).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 import time
 
-from common import Seconds, matrix_rate, measure, need, parser, ratio, smollm2_dir, spread, write_result
+from common import Seconds, best_matrix_rate, measure, need, parser, ratio, smollm2_dir, spread, write_result
 from parts.telecom import dialogues, flags, huge_pages, product_flops
 
 PEER = ("trl", "accelerate", "datasets")
@@ -26,24 +26,20 @@ def main() -> None:
     args = made.parse_args()
     need("trl", "trl (requirements/bench.txt)")
     huge_pages()
-    import torch
-
     count = args.dialogues or (2 if args.quick else 4)
     folder = smollm2_dir()
     data = dialogues(folder, count)
     ours, model = our_step(folder, data)
-    in_bf16 = model.product_dtype == torch.bfloat16
-    sides = {"TRL": trl_step(folder, data, in_bf16), "ours": ours}
+    rate, dtype = best_matrix_rate()
+    sides = {"TRL": trl_step(folder, data, dtype == "bfloat16"), "ours": ours}
     seconds = measure(sides, repeats=args.repeats or (2 if args.quick else 4))
     tokens, loss_tokens = sum(len(ids) for ids, _ in data), sum(sum(mask) for _, mask in data)
     shared = {"quick": args.quick, "packages": PEER, "folder": args.results}
-    details = {"dialogues": count, "tokens": tokens, "loss_tokens": loss_tokens, "bf16": in_bf16}
+    details = {"dialogues": count, "tokens": tokens, "loss_tokens": loss_tokens, "trl_dtype": dtype}
     rates = {side: [tokens / value for value in values] for side, values in seconds.items()}
-    dtype = "bf16" if in_bf16 else "fp32"
-    question = f"SFT step, all parameters, {dtype}: tokens a second beside TRL's SFTTrainer"
+    question = "SFT step, all parameters: tokens a second beside TRL's SFTTrainer"
     speedup = ratio(seconds, "TRL", "ours")
     write_result("sft-step", question, rates, unit="tokens/s", ratio=speedup, target=5, details=details, **shared)
-    rate = matrix_rate(model.product_dtype)
     flops = product_flops(model, tokens, loss_tokens)
     share = spread([100 * flops / value / 1e12 / rate for value in seconds["ours"]])
     details |= {"matrix_rate_tflops": rate, "product_flops": flops}

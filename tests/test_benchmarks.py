@@ -68,6 +68,12 @@ def test_a_value_without_a_target_is_neither_reached_nor_missed(tmp_path):
     assert result["reached"] is None and common.compared(result) == "150 kB"
 
 
+def test_a_result_names_no_folder_of_this_machine(monkeypatch):
+    home, script = "/home/me/runs/sft", str(common.ROOT / "benchmarks" / "rollout.py")
+    monkeypatch.setattr("sys.argv", [script, "--checkpoint", home, "--results", f"{common.ROOT}/runs/x", "--quick"])
+    assert common.command() == "python benchmarks/rollout.py --checkpoint .../sft --results runs/x --quick"
+
+
 def test_a_missing_peer_is_named(capsys):
     with pytest.raises(SystemExit) as stop:
         common.need("surely_not_installed", "surely-not-installed")

@@ -56,6 +56,22 @@ def test_products_in_bf16_round_what_goes_in_and_nothing_else(m, n_out, n_in, bi
 
 
 @needs_bf16
+@pytest.mark.parametrize("flags", [(), ("-DWIDEN",)])
+def test_bf16_is_the_same_in_pairs_and_widened(monkeypatch, flags):
+    """Each CPU uses one way; both are compiled and run here."""
+    monkeypatch.setattr(kernels, "_widen", lambda: flags)
+    kernels.library.cache_clear()
+    try:
+        widened = kernels.library().multiplies_bf16() == 0
+        assert widened or not flags
+        test_products_in_bf16_round_what_goes_in_and_nothing_else()
+        test_attention_in_training_is_exact_and_in_bf16_near()
+        test_any_step_in_bf16_is_near_torchs()
+    finally:
+        kernels.library.cache_clear()
+
+
+@needs_bf16
 def test_a_trained_product_in_bf16_is_the_engines_and_its_gradients_are_near():
     """The same bits as without a gradient; gradients within bf16's rounding of the exact ones."""
     layer, x = Linear(96, 64, torch.bfloat16), torch.randn(33, 96, requires_grad=True)
