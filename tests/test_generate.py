@@ -321,6 +321,30 @@ async def test_a_group_meets_one_customer_and_another_group_another(args, model)
     assert [sample.reward for sample in samples] == [1.0, 1.0, 1.0]
 
 
+async def test_a_share_of_the_groups_gets_new_ids_and_the_record_says_which(args, model):
+    args.tau2_redraw_ids = 0.5
+    found = {}
+    for group in range(8):
+        for index in (2 * group, 2 * group + 1):
+            sample = make_sample()
+            sample.group_index, sample.index, sample.session_id = group, index, str(index)
+            await generate(args, sample, PARAMS)
+            prompt = tuple(sample.tokens[: -sample.response_length])
+            found.setdefault(group, set()).add((sample.metadata["tau2"]["redraw_ids"], prompt))
+    assert all(len(group) == 1 for group in found.values())
+    groups = [group.pop() for group in found.values()]
+    stock = {prompt for redrawn, prompt in groups if not redrawn}
+    redrawn = [prompt for is_redrawn, prompt in groups if is_redrawn]
+    assert len(stock) == 1 and len(set(redrawn)) == len(redrawn) > 1 and not stock & set(redrawn)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, "some", float("nan"), [True]])
+def test_a_share_of_new_ids_that_is_none_is_refused(args, value):
+    args.tau2_redraw_ids = value
+    with pytest.raises(BadInput, match=r"tau2_redraw_ids is .* give true, false, or a share"):
+        generate_with_tau.check_args(args)
+
+
 async def test_tasks_are_found_by_id_and_by_index(args, tmp_path):
     task = TASKS["service_issue"]
     by_id = make_sample()

@@ -14,7 +14,7 @@ Settings are attributes of slime's args, set in the YAML of --custom-config-path
     tau2_max_steps: 200              messages of both sides, as tau2 counts them
     tau2_max_errors: 10
     tau2_max_turn_tokens: 1024       of one agent turn
-    tau2_redraw_ids: false           new names, numbers and ids for every prompt group
+    tau2_redraw_ids: false           new names, numbers and ids for every prompt group; 0.5: for half of them
     tau2_data: null                  tasks JSONL, for rows whose metadata hold no task
     tau2_retries: 1                  new tries of an episode that the machinery broke
     tau2_generate_timeout: 900       seconds for one /generate call
@@ -31,12 +31,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 import sys
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,7 @@ async def _generate(args: Any, sample: Any, sampling_params: dict, evaluation: b
     _refuse_partial_rollout(args)
     config, task = episode_config(args, sample.metadata or {}), find_task(args, sample)
     await customer_checked(config)
+    config = replace(config, redraw_ids=redraws_ids(args, sample))
     began = time.perf_counter()
     for _ in range(1 + int(getattr(args, "tau2_retries", 1))):
         agent = _make_agent(args, sample, sampling_params, evaluation)
@@ -375,7 +377,7 @@ def episode_config(args: Any, metadata: dict) -> EpisodeConfig:
         user_args=_user_args(getattr(args, "tau2_user_args", None) or {}),
         max_steps=int(getattr(args, "tau2_max_steps", 200)),
         max_errors=int(getattr(args, "tau2_max_errors", 10)),
-        redraw_ids=bool(getattr(args, "tau2_redraw_ids", False)),
+        redraw_ids=redraw_share(args) > 0,
         user_concurrency=int(getattr(args, "tau2_user_concurrency", 32)),
     )
 
@@ -393,6 +395,23 @@ def episode_seed(args: Any, sample: Any) -> int:
     """The samples of one prompt get one seed, so a group meets the same customer with the same (re-drawn) ids."""
     position = sample.group_index if sample.group_index is not None else sample.index
     return int(getattr(args, "rollout_seed", 0) or 0) + int(position or 0)
+
+
+def redraw_share(args: Any) -> float:
+    """The share of prompt groups that get new ids. Raises BadInput."""
+    value = getattr(args, "tau2_redraw_ids", False)
+    try:
+        share = float(value)
+    except (TypeError, ValueError, OverflowError):
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise BadInput(f"tau2_redraw_ids is {str(value)[:40]!r}: give true, false, or a share between 0 and 1")
+    return share
+
+
+def redraws_ids(args: Any, sample: Any) -> bool:
+    """Whether this sample's group gets new ids: drawn by the seed that the group shares."""
+    return random.Random(f"redraw_ids:{episode_seed(args, sample)}").random() < redraw_share(args)
 
 
 def find_task(args: Any, sample: Any) -> Any:
@@ -485,7 +504,7 @@ def _slime_is_aborting(args: Any) -> bool:
 
 
 def _finish(args: Any, sample: Any, agent: TokenAgent, episode: Episode) -> Any:
-    record = {**_record(agent, episode), "redraw_ids": bool(getattr(args, "tau2_redraw_ids", False))}
+    record = {**_record(agent, episode), "redraw_ids": redraws_ids(args, sample)}
     if episode.end_reason.is_infrastructure:
         return _remove(sample, record)
     if not agent.turns:
