@@ -163,6 +163,8 @@ collect() { # collect CHECKPOINT OUTPUT [FLAGS]: episodes of every train task
       "${EPISODE_ARGS[@]}" "${COLLECT_ARGS[@]}" "${@:3}"
 }
 
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # sourced for the arrays and functions above (benchmarks/levers.sh)
+
 mkdir -p "$RUN_DIR"
 say "SmolLM2-135M-Instruct as an HF folder"
 timed base "$PYTHON" -m slime_local.smollm2 --out "$MODEL_DIR"

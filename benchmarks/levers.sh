@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# What each lever does, beside the same run without it: SFT once, then an arm for each lever with run_local.sh's arrays,
+# all but one flag alike; every arm plays the 40 test tasks, sampled.
+#   SEED=1 bash benchmarks/levers.sh                     every arm; about 6 minutes each on 2 cores
+#   SEED=1 bash benchmarks/levers.sh grpo curriculum     these arms
+# SFT:  sft wordings slips           one round of RFT from sft:  rft keep_mistakes teacher
+# GRPO from sft:  grpo redraw curriculum dynamic tis kl groups_of_12 penalty
+# Results: $RUN_DIR/ARM/eval.json, with names, numbers and ids drawn anew eval_new.json where that is the question. Run
+# it again after an interruption and it goes on where it was.
+set -euo pipefail
+
+ALL=(sft rft keep_mistakes teacher wordings slips grpo redraw curriculum dynamic tis kl groups_of_12 penalty)
+[ $# -gt 0 ] || set -- "${ALL[@]}"
+ARMS=("$@")
+for arm in "${ARMS[@]}"; do
+   [[ " ${ALL[*]} " == *" $arm "* ]] || { echo "error: no arm is called $arm: choose of ${ALL[*]}" >&2 && exit 2; }
+done
+SEED=${SEED:-1}
+RUN_DIR=${RUN_DIR:-runs/levers$SEED}
+source "$(dirname "${BASH_SOURCE[0]}")/../examples/tau-bench/run_local.sh"
+
+TRIALS=${TRIALS:-2} # of each test task
+
+sample() { # sample ARM RESULT [FLAGS]: episodes of the arm's checkpoint on the test tasks, with the same seeds for each arm
+   timed "eval_$1" "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$RUN_DIR/$1/hf" --output-path "$RUN_DIR/$1/$2" \
+      "${EPISODE_ARGS[@]}" "${EVAL_ARGS[@]}" --num-trials "$TRIALS" --temperature 0.7 --seed 7 "${@:3}"
+}
+
+train() { # train ARM [FLAGS]
+   timed "$1" "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${@:2}" \
+      --load "$RUN_DIR/$1" --save "$RUN_DIR/$1" --save-hf "$RUN_DIR/$1/hf"
+}
+
+teach() { # teach ARM NUMBER [FLAGS]: dialogues of the teacher
+   timed "$1" "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --prompt short --style checklist --mix "$MIX" \
+      --num-traces "$2" --output "$DATA_DIR/$1.jsonl" \
+      --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl" "${@:3}"
+}
+
+sft() { # sft ARM [FLAGS of the teacher]
+   teach "$1" "$((SFT_ROLLOUTS * 2))" --seed "$SEED" "${@:2}"
+   train "$1" "${SFT_ARGS[@]}" "${TEACHER_ARGS[@]}" --prompt-data "$DATA_DIR/$1.jsonl"
+}
+
+rft_arm() { # rft_arm ARM [FLAGS]: a round of RFT from sft
+   collect "$SFT_DIR/hf" "$RUN_DIR/collected.json" --num-trials 2 --seed "$((SEED + 1))"
+   timed "$1" "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --from-rollouts "$RUN_DIR/collected.json" \
+      --output "$DATA_DIR/$1.jsonl" --per-task 2 --mend 2 --style checklist --seed "$SEED" \
+      --num-traces "$((RFT_ROLLOUTS * 2))" --mix "$MIX" "${@:2}"
+   train "$1" "${SFT_ARGS[@]}" "${RFT_ARGS[@]}" --hf-checkpoint "$SFT_DIR/hf" --prompt-data "$DATA_DIR/$1.jsonl"
+   sample "$1" eval.json
+}
+
+teacher_arm() { # as many steps as a round of RFT, on fresh dialogues of the teacher
+   teach teacher "$((RFT_ROLLOUTS * 2))" --seed "$((SEED + 1000))"
+   train teacher "${SFT_ARGS[@]}" "${RFT_ARGS[@]}" --hf-checkpoint "$SFT_DIR/hf" --prompt-data "$DATA_DIR/teacher.jsonl"
+   sample teacher eval.json
+}
+
+grpo_arm() { # grpo_arm ARM "YAML LINE" [FLAGS]: GRPO from sft
+   mkdir -p "$RUN_DIR/$1"
+   { cat examples/tau-bench/local.yaml && printf '%s\n' "$2"; } >"$RUN_DIR/$1/settings.yaml"
+   train "$1" "${GRPO_ARGS[@]}" --hf-checkpoint "$SFT_DIR/hf" --custom-config-path "$RUN_DIR/$1/settings.yaml" "${@:3}"
+   sample "$1" eval.json
+}
+
+without() { # without FLAG: GRPO_ARGS less a flag that has no value
+   local kept=()
+   for arg in "${GRPO_ARGS[@]}"; do [ "$arg" = "$1" ] || kept+=("$arg"); done
+   GRPO_ARGS=("${kept[@]}")
+}
+
+run_arm() {
+   case $1 in
+      sft) sample sft eval.json ;;
+      wordings)
+         sft wordings --wordings 4
+         sample wordings eval.json
+         ;;
+      slips)
+         sft slips --slip 0.3
+         sample slips eval.json
+         ;;
+      rft) rft_arm rft ;;
+      keep_mistakes) rft_arm keep_mistakes --keep-mistakes ;;
+      teacher) teacher_arm ;;
+      grpo)
+         grpo_arm grpo ""
+         sample grpo eval_new.json --redraw-ids
+         ;;
+      redraw)
+         grpo_arm redraw "tau2_redraw_ids: 0.5"
+         sample redraw eval_new.json --redraw-ids
+         ;;
+      curriculum)
+         collect "$SFT_DIR/hf" "$RUN_DIR/collected.json" --num-trials 2 --seed "$((SEED + 1))"
+         without --rollout-shuffle
+         grpo_arm curriculum "tau2_curriculum_start: [$RUN_DIR/collected.json]" \
+            --data-source-path tau2_curriculum.CurriculumDataSource \
+            --rollout-all-samples-process-path tau2_reward_shaping.process_all_samples
+         ;;
+      dynamic)
+         grpo_arm dynamic "" --over-sampling-batch-size "$((GRPO_BATCH * 3 / 2))" \
+            --dynamic-sampling-filter-path tau2_reward_shaping.check_shaped_reward_spread_with_fallback
+         ;;
+      tis)
+         without --use-rollout-logprobs
+         grpo_arm tis "" --use-tis --tis-clip 2.0 --tis-clip-low 0
+         ;;
+      kl) grpo_arm kl "" --use-kl-loss --kl-loss-coef 0.01 --kl-loss-type low_var_kl --ref-load "$SFT_DIR/hf" ;;
+      groups_of_12) grpo_arm groups_of_12 "" --n-samples-per-prompt 12 --rollout-batch-size "$(((GRPO_BATCH + 1) / 2))" ;;
+      penalty) grpo_arm penalty "tau2_customer_tool_penalty: 0.1" ;;
+   esac
+}
+
+control() { # the arm that is the same but for the lever
+   case $1 in
+      keep_mistakes | teacher) echo rft ;;
+      redraw | curriculum | dynamic | tis | kl | groups_of_12 | penalty) echo grpo ;;
+      *) echo sft ;;
+   esac
+}
+
+mkdir -p "$RUN_DIR"
+"$PYTHON" -m slime_local.smollm2 --out "$MODEL_DIR"
+"$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train test pool
+sft sft
+for arm in "${ARMS[@]}"; do
+   say "$arm"
+   (run_arm "$arm")
+done
+for arm in "${ARMS[@]}"; do
+   for result in eval.json eval_new.json; do
+      beside=$RUN_DIR/$(control "$arm")/$result
+      if [ -e "$RUN_DIR/$arm/$result" ] && [ -e "$beside" ] && [ "$(control "$arm")" != "$arm" ]; then
+         say "$arm beside $(control "$arm"), $result"
+         "$PYTHON" examples/tau-bench/evaluate_tau2.py compare "$beside" "$RUN_DIR/$arm/$result"
+      fi
+   done
+done
