@@ -85,7 +85,8 @@ command -v flock >/dev/null || fail "flock is missing: install util-linux"
 want=$(fingerprint)
 is_ready && exit 0
 check_python
-exec 9>"$root/.venv.lock"
+mkdir -p "$(dirname "$venv")" || fail "cannot create $venv"
+exec 9>"$(readlink -f "$venv").lock" # beside the environment: two checkouts may share one
 flock --nonblock 9 || { echo "another set-up is running: waiting for it" && flock 9; }
 is_ready && exit 0 # the other one did it
 mkdir -p "$venv" || fail "cannot create $venv"
