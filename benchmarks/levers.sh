@@ -3,13 +3,14 @@
 # all but one flag alike; every arm plays the 40 test tasks, sampled.
 #   SEED=1 bash benchmarks/levers.sh                     every arm; about 6 minutes each on 2 cores
 #   SEED=1 bash benchmarks/levers.sh grpo curriculum     these arms
-# SFT:  sft wordings slips           one round of RFT from sft:  rft keep_mistakes teacher
+# SFT:  sft wordings slips           one round of RFT from sft:  rft keep_mistakes teacher, and the rft arm under
+# each mood of the customer:  moods
 # GRPO from sft:  grpo redraw curriculum dynamic tis kl groups_of_12 penalty
 # Results: $RUN_DIR/ARM/eval.json, with names, numbers and ids drawn anew eval_new.json where that is the question. Run
 # it again after an interruption and it goes on where it was.
 set -euo pipefail
 
-ALL=(sft rft keep_mistakes teacher wordings slips grpo redraw curriculum dynamic tis kl groups_of_12 penalty)
+ALL=(sft rft keep_mistakes teacher wordings slips grpo redraw curriculum dynamic tis kl groups_of_12 penalty moods)
 [ $# -gt 0 ] || set -- "${ALL[@]}"
 ARMS=("$@")
 for arm in "${ARMS[@]}"; do
@@ -60,7 +61,8 @@ teacher_arm() { # as many steps as a round of RFT, on fresh dialogues of the tea
 grpo_arm() { # grpo_arm ARM "YAML LINE" [FLAGS]: GRPO from sft
    mkdir -p "$RUN_DIR/$1"
    { cat examples/tau-bench/local.yaml && printf '%s\n' "$2"; } >"$RUN_DIR/$1/settings.yaml"
-   train "$1" "${GRPO_ARGS[@]}" --hf-checkpoint "$SFT_DIR/hf" --custom-config-path "$RUN_DIR/$1/settings.yaml" "${@:3}"
+   train "$1" "${GRPO_ARGS[@]}" --hf-checkpoint "$SFT_DIR/hf" --custom-config-path "$RUN_DIR/$1/settings.yaml" \
+      --save-debug-rollout-data "$RUN_DIR/$1/rollouts/{rollout_id}.pt" "${@:3}" # for benchmarks/partial_credit.py
    sample "$1" eval.json
 }
 
@@ -110,6 +112,10 @@ run_arm() {
       kl) grpo_arm kl "" --use-kl-loss --kl-loss-coef 0.01 --kl-loss-type low_var_kl --ref-load "$SFT_DIR/hf" ;;
       groups_of_12) grpo_arm groups_of_12 "" --n-samples-per-prompt 12 --rollout-batch-size "$(((GRPO_BATCH + 1) / 2))" ;;
       penalty) grpo_arm penalty "tau2_customer_tool_penalty: 0.1" ;;
+      moods)
+         timed moods "$PYTHON" examples/tau-bench/sensitivity.py --checkpoint "$RUN_DIR/rft/hf" --output-dir "$RUN_DIR/moods" \
+            "${EPISODE_ARGS[@]}" "${EVAL_ARGS[@]}"
+         ;;
    esac
 }
 
