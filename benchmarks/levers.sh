@@ -127,6 +127,8 @@ control() { # the arm that is the same but for the lever
    esac
 }
 
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # sourced by the test of its commands
+
 mkdir -p "$RUN_DIR"
 "$PYTHON" -m slime_local.smollm2 --out "$MODEL_DIR"
 "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train test pool

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,8 @@ import run_all
 import scale
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tau2_mock
 
 # ---- common --------------------------------------------------------------------------------------------------
 
@@ -90,6 +93,41 @@ def test_run_all_refuses_an_unknown_name():
 def test_every_benchmark_has_help_and_a_line_that_runs_it():
     for name in run_all.scripts():
         assert f"python benchmarks/{name}.py" in (ROOT / "benchmarks" / f"{name}.py").read_text(), name
+
+
+# ---- levers.sh -----------------------------------------------------------------------------------------------
+
+CHECK_THE_ARMS = """
+bash() { :; }  # no set-up
+source benchmarks/levers.sh
+timed() { case $* in *" train.py "*) "$2" train.py --check-only "${@:4}" ;; esac; }
+teach() { cp "$RUN_DIR/rows.jsonl" "$DATA_DIR/$1.jsonl"; }
+for arm in wordings teacher grpo redraw curriculum dynamic tis kl groups_of_12 penalty; do
+   (set -e; run_arm "$arm")
+   echo "$arm is fine"
+done
+"""
+
+
+def test_levers_refuses_an_unknown_arm():
+    done = subprocess.run(["bash", "benchmarks/levers.sh", "lever"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "no arm is called lever: choose of sft" in done.stderr
+
+
+def test_train_py_accepts_the_commands_of_every_arm(tmp_path, smol_dir):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/hf").symlink_to(smol_dir)
+    dialogue = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"prompt": dialogue, "tools": []}) + "\n") * 2)
+    (tmp_path / "collected.json").write_text("{}")
+    assert tau2_mock.main(["--local_dir", str(tmp_path / "data"), "--splits", "train"]) == 0
+    settings = {"RUN_DIR": str(tmp_path), "MODEL_DIR": str(smol_dir), "TAU2_VENV": sys.prefix}
+    done = subprocess.run(
+        ["bash", "-c", CHECK_THE_ARMS], env=os.environ | settings, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" is fine") == 10
 
 
 # ---- the simulated rollout -----------------------------------------------------------------------------------
