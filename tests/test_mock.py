@@ -1,6 +1,7 @@
 """Stage 1: the task files, the pool and its distance from the test tasks, bad input."""
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -152,3 +153,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(RuntimeError):
         tau2_mock.write_jsonl(path, rows())
     assert path.read_text() == "old"
+
+
+def test_in_a_mix_every_batch_has_its_share_of_each_kind(tmp_path, capsys):
+    flags = ["--local_dir", str(tmp_path), "--splits", "train", "--mix", "mms_issue=2", "--num-rows", "96"]
+    assert tau2_mock.main(flags) == 0
+    assert "96 tasks (48 mms_issue, 24 mobile_data_issue, 24 service_issue)" in capsys.readouterr().out
+    rows = tau2_mock.read_jsonl(tmp_path / "telecom_train_mix_tasks.jsonl")
+    assert [row["index"] for row in rows] == list(range(96))
+    kinds = [row["metadata"]["task_id"].split("]")[0] for row in rows]
+    assert all(Counter(kinds[n : n + 4]) == Counter(kinds[:4]) for n in range(0, 96, 4))
+    service = [row["metadata"]["task_id"] for row in rows if "service" in row["metadata"]["task_id"]]
+    assert len(set(service[:14])) == 14, "each once before any twice"
+    assert tau2_mock.main([*flags, "--seed", "1"]) == 0
+    assert tau2_mock.read_jsonl(tmp_path / "telecom_train_mix_tasks.jsonl") != rows
+    assert not (tmp_path / "telecom_train_tasks.jsonl").exists()
+
+
+def test_a_mix_of_what_does_not_exist_is_refused(tmp_path, capsys):
+    assert tau2_mock.main(["--local_dir", str(tmp_path), "--splits", "train", "--mix", "bills=1"]) == 2
+    assert "no task is of the kind 'bills'; they are: airplane_mode_on, " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -6,10 +6,17 @@ writes telecom_train_tasks.jsonl (74 rows) and telecom_test_tasks.jsonl (40 rows
 
     {"index": 0, "metadata": {"domain": "telecom", "split": "train", "task_id": "[mms_issue]...", "task": {...}}}
 
-where `index` counts the rows of its file in tau2's own order and `task` is the whole tau2 task. `--domain` and
-`--splits` give other domains and splits, `--splits pool` the training pool: telecom's `full` tasks that are not in
-`base` (the official train and test tasks) and are no near-duplicates of a test task. Retail and airline have no tasks
-outside `base`, hence no pool.
+where `index` counts the rows of its file in tau2's own order and `task` is the whole tau2 task.
+
+    python examples/tau-bench/tau2_mock.py --local_dir data --splits train --mix mms_issue=1 --num-rows 72 --seed 1
+
+writes telecom_train_mix_tasks.jsonl, in which the kinds of tasks take turns: 14 of the 74 train tasks are service
+tasks, so most batches of four prompts hold none or one, and a GRPO step on them forgets what it does not see. Without
+--rollout-shuffle each batch has its share of every kind. Tasks come back once all of their kind were drawn.
+
+`--domain` and `--splits` give other domains and splits, `--splits pool` the training pool: telecom's `full` tasks that
+are not in `base` (the official train and test tasks) and are no near-duplicates of a test task. Retail and airline
+have no tasks outside `base`, hence no pool.
 
 What near means. A telecom task is an issue type and a set of faults to repair, drawn from fourteen (no two of the
 2285 tasks have the same set). Variants of one fault (which of the two roaming switches is off, which app permission
@@ -24,17 +31,21 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import itertools
 import json
 import os
+import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tau2_episode import BadInput, issue_type, load_split_ids, load_tasks, task_type
+from tau2_metrics import sub_issues
 
+MOST = 1_000_000  # what is counted on the command line
 POOL = "pool"
 POOL_DOMAIN = "telecom"
 MIN_DISTANCE = 2  # faults, of the pool from every test task
@@ -165,6 +176,46 @@ def read_task_rows(path: Path) -> list[dict]:
     return rows
 
 
+def draw_tasks(rows: list[dict], count: int, mix: dict[str, int] | None, seed: int) -> list[dict]:
+    """`count` rows, of tasks or of dialogues, in a seeded order that uses every row once before any twice.
+
+    With a `mix` of weights, kinds of tasks take turns so often, however many tasks each has (an issue type that it
+    does not name: once). Raises BadInput when no task is of a kind that it names."""
+    rng = random.Random(seed)
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault("all" if mix is None else _kind(_task_id(row), mix), []).append(row)
+    if missing := [kind for kind in mix or {} if kind not in groups]:
+        ids = {_task_id(row) for row in rows}
+        known = sorted({name for task_id in ids for name in (issue_type(task_id), *sub_issues(task_id))})
+        raise BadInput(f"--mix: no task is of the kind {missing[0]!r}; they are: {', '.join(known)}")
+    decks = {kind: _deal(groups[kind], rng) for kind in sorted(groups)}
+    weights = {kind: (mix or {}).get(kind, 1) for kind in decks}
+    turns = [kind for turn in range(max(weights.values())) for kind in decks if turn < weights[kind]]
+    return [next(decks[kind]) for kind in itertools.islice(itertools.cycle(turns), count)]
+
+
+def _task_id(row: dict) -> str:
+    return row["task"]["id"] if "task" in row else row["metadata"]["task_id"]
+
+
+def _kind(task_id: str, mix: dict[str, int]) -> str:
+    """The first sub-issue of the mix that the task has, or else its issue type."""
+    found = sub_issues(task_id)
+    return next((name for name in mix if name in found), issue_type(task_id))
+
+
+def _deal(rows: list[dict], rng: random.Random) -> Iterator[dict]:
+    while True:
+        yield from rng.sample(rows, len(rows))
+
+
+def mix_rows(rows: list[dict], args: argparse.Namespace) -> list[dict]:
+    """Rows drawn with `--mix`, counted anew."""
+    drawn = draw_tasks(rows, args.num_rows or len(rows), args.mix, args.seed)
+    return [row | {"index": index} for index, row in enumerate(drawn)]
+
+
 def tasks_of(domain: str, split: str, min_distance: int) -> list[Any]:
     """The tasks of an official split or of the pool. Raises BadInput on an unknown domain or split."""
     if split != POOL:
@@ -191,6 +242,22 @@ def check_splits(domain: str, splits: list[str]) -> None:
         raise BadInput(f"unknown split {unknown[0]!r} of domain {domain!r}; choose from: {', '.join(valid)}")
 
 
+def mix_weights(text: str) -> dict[str, int]:
+    """{"mms_issue": 3} of "mms_issue=3"."""
+    parts = [part.partition("=") for part in text.split(",")]
+    return {kind.strip(): positive(number) for kind, _, number in parts}
+
+
+def positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number from 1 to {MOST:,}")
+    return value
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write tau2-bench's tasks as JSONL prompt files for slime.")
     parser.add_argument("--local_dir", "--local-dir", type=Path, required=True, help="folder that the files go to")
@@ -202,7 +269,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=MIN_DISTANCE,
         help="pool: least distance from test tasks (default: %(default)s)",
     )
+    parser.add_argument(
+        "--mix",
+        type=mix_weights,
+        metavar="KIND=N,...",
+        help="write DOMAIN_SPLIT_mix_tasks.jsonl, where issue types, or tasks with a sub-issue, take turns by weights",
+    )
+    parser.add_argument("--num-rows", type=positive, help="of such a file (default: as many as the split has tasks)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws in such a file (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.mix is None and args.num_rows:
+        parser.error("--num-rows belongs to --mix")
     if args.min_distance < 1:
         parser.error("--min-distance must be at least 1")
     return args
@@ -215,10 +292,14 @@ def main(argv: list[str] | None = None) -> int:
         check_splits(args.domain, args.splits)
         for split in args.splits:
             tasks = tasks_of(args.domain, split, args.min_distance)
-            path = args.local_dir / f"{args.domain}_{split}_tasks.jsonl"
-            write_jsonl(path, make_rows(args.domain, split, tasks))
-            kinds = Counter(task_type(task, args.domain) for task in tasks)
-            print(f"{path}: {len(tasks)} tasks ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})")
+            kind_of = {task.id: task_type(task, args.domain) for task in tasks}
+            rows, name = make_rows(args.domain, split, tasks), split
+            if args.mix is not None:
+                rows, name = mix_rows(rows, args), f"{split}_mix"
+            path = args.local_dir / f"{args.domain}_{name}_tasks.jsonl"
+            write_jsonl(path, rows)
+            kinds = Counter(kind_of[_task_id(row)] for row in rows)
+            print(f"{path}: {len(rows)} tasks ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})")
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

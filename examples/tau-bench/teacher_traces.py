@@ -37,14 +37,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import fcntl
-import itertools
 import json
 import random
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +62,7 @@ from tau2_episode import (
     run_episode,
     system_prompt,
 )
-from tau2_metrics import sub_issues
-from tau2_mock import check_folder, read_jsonl, read_task_rows, write_jsonl
+from tau2_mock import check_folder, draw_tasks, mix_weights, positive, read_jsonl, read_task_rows, write_jsonl
 from tau2_teacher import STYLES, WORDINGS, ScriptedTeacher
 from tau2_users import has_model
 
@@ -73,46 +70,11 @@ HUB_REPO = "Jarrodbarnes/tau2-sft-v4-dataset"
 HUB_FILE = "blended_traces_v4.jsonl"
 TRIES = 3  # of an episode that the machinery broke
 CONTROL_TEXT = re.compile(r"<\|[^|<>]{1,40}\|>|</?(tool_call|tool_response|tools|think)>")
-MOST = 1_000_000  # episodes, or what else is counted on the command line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From episodes
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def draw_tasks(rows: list[dict], count: int, mix: dict[str, int] | None, seed: int) -> list[dict]:
-    """`count` rows, of tasks or of dialogues, in a seeded order that uses every row once before any twice.
-
-    With a `mix` of weights, kinds of tasks take turns so often, however many tasks each has (an issue type that it
-    does not name: once). Raises BadInput when no task is of a kind that it names."""
-    rng = random.Random(seed)
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault("all" if mix is None else _kind(_task_id(row), mix), []).append(row)
-    if missing := [kind for kind in mix or {} if kind not in groups]:
-        ids = {_task_id(row) for row in rows}
-        known = sorted({name for task_id in ids for name in (issue_type(task_id), *sub_issues(task_id))})
-        raise BadInput(f"--mix: no task is of the kind {missing[0]!r}; they are: {', '.join(known)}")
-    decks = {kind: _deal(groups[kind], rng) for kind in sorted(groups)}
-    weights = {kind: (mix or {}).get(kind, 1) for kind in decks}
-    turns = [kind for turn in range(max(weights.values())) for kind in decks if turn < weights[kind]]
-    return [next(decks[kind]) for kind in itertools.islice(itertools.cycle(turns), count)]
-
-
-def _task_id(row: dict) -> str:
-    return row["task"]["id"] if "task" in row else row["metadata"]["task_id"]
-
-
-def _kind(task_id: str, mix: dict[str, int]) -> str:
-    """The first sub-issue of the mix that the task has, or else its issue type."""
-    found = sub_issues(task_id)
-    return next((name for name in mix if name in found), issue_type(task_id))
-
-
-def _deal(rows: list[dict], rng: random.Random) -> Iterator[dict]:
-    while True:
-        yield from rng.sample(rows, len(rows))
 
 
 Outcome = dict[str, Any]  # of an episode: its SFT "row", or None and why it was "dropped"
@@ -586,26 +548,10 @@ def json_object(text: str) -> dict:
     return value
 
 
-def mix_weights(text: str) -> dict[str, int]:
-    """{"mms_issue": 3} of "mms_issue=3"."""
-    parts = [part.partition("=") for part in text.split(",")]
-    return {kind.strip(): positive(number) for kind, _, number in parts}
-
-
 def share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if not 1 <= value <= MOST:
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is no whole number from 1 to {MOST:,}")
     return value
 
 
