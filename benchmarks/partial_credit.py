@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from rollout_traces import load_samples, rollout_files
-from tau2_episode import BadInput
+from tau2_episode import BadInput, EndReason
 from tau2_results import read_result
 from tau2_reward_shaping import ALPHA, MATCHINGS, by_group, group_metrics
 
@@ -25,6 +25,7 @@ class Stored(SimpleNamespace):
 
     class Status(enum.Enum):
         COMPLETED = "completed"
+        TRUNCATED = "truncated"
         ABORTED = "aborted"
 
 
@@ -39,14 +40,16 @@ def read_groups(run: Path) -> list[list[Stored]]:
 
 
 def _of_rollout(sample: dict[str, Any]) -> Stored:
-    status = Stored.Status.ABORTED if sample["status"] == "aborted" else Stored.Status.COMPLETED
+    cut_short = sample["status"] in ("aborted", "truncated")
+    status = Stored.Status(sample["status"]) if cut_short else Stored.Status.COMPLETED
     names = ("group_index", "reward", "remove_sample", "metadata")
     return Stored(status=status, **{name: sample[name] for name in names})
 
 
 def _of_evaluation(row: dict[str, Any]) -> Stored:
+    cut_off = EndReason(row["end_reason"]).is_truncated
     return Stored(
-        status=Stored.Status.COMPLETED,
+        status=Stored.Status.TRUNCATED if cut_off else Stored.Status.COMPLETED,
         group_index=row["task_id"],
         reward=row["reward"],
         remove_sample=False,

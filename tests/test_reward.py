@@ -358,6 +358,15 @@ def test_the_penalty_is_off_by_default_and_never_puts_a_solved_episode_below_ano
     assert reward == 0.0 or trained_reward(punished, episode) > trained_reward(punished, failed)
 
 
+def test_what_a_limit_cut_off_has_no_partial_credit():
+    """A loop that asks for everything until the context is full would beat a wrong goodbye."""
+    ended, cut = sample(action=[True, False]), sample(action=[True, True], status="TRUNCATED")
+    assert (trained_reward(SimpleNamespace(), ended), trained_reward(SimpleNamespace(), cut)) == (0.25, 0.0)
+    _, rewards = tau2_reward_post_process(SimpleNamespace(), [ended, cut])
+    assert rewards[0] > 0 > rewards[1]
+    assert not check_shaped_reward_spread(SimpleNamespace(), [cut, sample(status="TRUNCATED", action=[False])]).keep
+
+
 def test_settings_of_the_reward_are_checked_before_a_rollout():
     for name, value in [
         ("partial_alpha", "much"),

@@ -25,6 +25,10 @@ call, and for none at all where the agent then gave an unsolved customer to a hu
 write tool and a hand-over would otherwise earn more than the hand-over ("sound" matching). tau2_partial_matching:
 official selects tau2's own matcher for comparison; it can be gamed.
 
+Nor has an episode that a limit cut off (context full, a turn too long, too many steps) any partial credit. tau2
+rewards it with 0 unread, and with credit a loop that asks for everything until the context is full beats a wrong
+goodbye: measured, a weak policy had half of its episodes cut off, five rollouts later all (EXPERIMENTS.md).
+
 `calls` counts the agent's calls of tools that only the customer's phone has. What they cost is bounded, so that with
 alpha 0.5 whatever is solved (0.75 or more) stays above whatever is not (0.5 or less).
 
@@ -92,12 +96,14 @@ def shaped_reward(reward: float, checks: dict | None, alpha: float = ALPHA, matc
 
 
 def trained_reward(args: Any, sample: Any) -> float:
-    """R of a sample that holds an episode, with the alpha, matching and penalty of `args`; not yet normalised."""
+    """R of a sample that holds an episode, with the alpha, matching and penalty of `args`; not yet normalised.
+    What a limit cut off has no partial credit."""
     record = _record(sample)
+    checks = None if sample.status is type(sample).Status.TRUNCATED else record.get("checks")
     alpha = float(getattr(args, "tau2_partial_alpha", ALPHA))
     penalty = float(getattr(args, "tau2_customer_tool_penalty", 0.0)) * record.get("customer_tool_calls", 0)
     matching = getattr(args, "tau2_partial_matching", "sound")
-    return shaped_reward(_binary(args, sample), record.get("checks"), alpha, matching) - min(penalty, MOST_PENALTY)
+    return shaped_reward(_binary(args, sample), checks, alpha, matching) - min(penalty, MOST_PENALTY)
 
 
 def _binary(args: Any, sample: Any) -> float:
