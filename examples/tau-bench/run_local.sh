@@ -21,7 +21,7 @@ if [ "$QUICK" = 1 ]; then
 else
    RUN_DIR=${RUN_DIR:-runs/local}
    SFT_ROLLOUTS=${SFT_ROLLOUTS:-60} RFT_ROUNDS=${RFT_ROUNDS:-2} RFT_ROLLOUTS=${RFT_ROLLOUTS:-40}
-   GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-6} GRPO_BATCH=${GRPO_BATCH:-4}
+   GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-6} GRPO_BATCH=${GRPO_BATCH:-6}
    EVAL_TASKS=${EVAL_TASKS:-40} CONTEXT=${CONTEXT:-1664} # the teacher's longest dialogue has 1571 tokens
 fi
 DATA_DIR=$RUN_DIR/data
@@ -94,14 +94,15 @@ RFT_ARGS=( # and what each round starts from, reads and writes
 )
 
 GRPO_ARGS=(
-   --prompt-data "$DATA_DIR/telecom_train_tasks.jsonl"
+   --prompt-data "$DATA_DIR/telecom_train_mix_tasks.jsonl" # kinds of tasks in turns, so no --rollout-shuffle
    --input-key index
-   --rollout-shuffle
    --rollout-seed "$SEED"
    --num-rollout "$GRPO_ROLLOUTS"
    --rollout-batch-size "$GRPO_BATCH"
-   --n-samples-per-prompt 6
-   --global-batch-size "$((GRPO_BATCH * 3))" # two optimizer steps a rollout
+   --over-sampling-batch-size "$((GRPO_BATCH * 2))" # in place of groups that are solved throughout
+   --dynamic-sampling-filter-path tau2_reward_shaping.check_shaped_reward_spread_with_fallback
+   --n-samples-per-prompt 4
+   --global-batch-size "$((GRPO_BATCH * 4))" # one optimizer step a rollout: each sees every kind of task
    --rollout-max-response-len 4096
    --rollout-max-context-len "$CONTEXT"
    --rollout-temperature 0.7 # at 1.0 a third of a 135M model's episodes lose their thread
@@ -171,6 +172,7 @@ timed base "$PYTHON" -m slime_local.smollm2 --out "$MODEL_DIR"
 
 say "1. tasks to JSONL"
 timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train test pool
+timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train --mix mms_issue=1 --num-rows 72 --seed "$SEED"
 evaluate base "$MODEL_DIR"
 
 say "2. SFT on teacher traces"
