@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # What each lever does, beside the same run without it: SFT once, then an arm for each lever with run_local.sh's arrays,
-# all but one flag alike; every arm plays the 40 test tasks, sampled.
-#   SEED=1 bash benchmarks/levers.sh                     every arm; about 6 minutes each on 2 cores
-#   SEED=1 bash benchmarks/levers.sh grpo curriculum     these arms
+# alike but for it; every arm plays the 40 test tasks, sampled.
+#   SEED=1 bash benchmarks/levers.sh                     every arm; about 8 minutes each on 2 cores
+#   SEED=1 bash benchmarks/levers.sh grpo shuffled       these arms
 # SFT:  sft wordings slips           one round of RFT from sft:  rft keep_mistakes teacher, and the rft arm under
 # each mood of the customer:  moods
-# GRPO from sft:  grpo redraw curriculum dynamic tis kl groups_of_12 penalty
+# GRPO from sft:  grpo own_ids shuffled unfiltered curriculum two_steps groups_of_8 no_std tis kl penalty
 # Results: $RUN_DIR/ARM/eval.json, with names, numbers and ids drawn anew eval_new.json where that is the question. Run
 # it again after an interruption and it goes on where it was.
 set -euo pipefail
 
-ALL=(sft rft keep_mistakes teacher wordings slips grpo redraw curriculum dynamic tis kl groups_of_12 penalty moods)
+ALL=(sft rft keep_mistakes teacher wordings slips moods
+   grpo own_ids shuffled unfiltered curriculum two_steps groups_of_8 no_std tis kl penalty)
 [ $# -gt 0 ] || set -- "${ALL[@]}"
 ARMS=("$@")
 for arm in "${ARMS[@]}"; do
@@ -66,9 +67,17 @@ grpo_arm() { # grpo_arm ARM "YAML LINE" [FLAGS]: GRPO from sft
    sample "$1" eval.json
 }
 
-without() { # without FLAG: GRPO_ARGS less a flag that has no value
-   local kept=()
-   for arg in "${GRPO_ARGS[@]}"; do [ "$arg" = "$1" ] || kept+=("$arg"); done
+without() { # without FLAG VALUES: GRPO_ARGS less a flag and its values
+   local kept=() left=0
+   for arg in "${GRPO_ARGS[@]}"; do
+      if [ "$arg" = "$1" ]; then
+         left=$2
+      elif [ "$left" -gt 0 ]; then
+         left=$((left - 1))
+      else
+         kept+=("$arg")
+      fi
+   done
    GRPO_ARGS=("${kept[@]}")
 }
 
@@ -90,27 +99,31 @@ run_arm() {
          grpo_arm grpo ""
          sample grpo eval_new.json --redraw-ids
          ;;
-      redraw)
-         grpo_arm redraw "tau2_redraw_ids: 0.5"
-         sample redraw eval_new.json --redraw-ids
+      own_ids)
+         grpo_arm own_ids "tau2_redraw_ids: false"
+         sample own_ids eval_new.json --redraw-ids
+         ;;
+      shuffled) grpo_arm shuffled "" --prompt-data "$DATA_DIR/telecom_train_tasks.jsonl" --rollout-shuffle ;;
+      unfiltered)
+         without --dynamic-sampling-filter-path 1
+         without --over-sampling-batch-size 1
+         grpo_arm unfiltered ""
          ;;
       curriculum)
          collect "$SFT_DIR/hf" "$RUN_DIR/collected.json" --num-trials 2 --seed "$((SEED + 1))"
-         without --rollout-shuffle
          grpo_arm curriculum "tau2_curriculum_start: [$RUN_DIR/collected.json]" \
             --data-source-path tau2_curriculum.CurriculumDataSource \
             --rollout-all-samples-process-path tau2_reward_shaping.process_all_samples
          ;;
-      dynamic)
-         grpo_arm dynamic "" --over-sampling-batch-size "$((GRPO_BATCH * 3 / 2))" \
-            --dynamic-sampling-filter-path tau2_reward_shaping.check_shaped_reward_spread_with_fallback
-         ;;
+      two_steps) grpo_arm two_steps "" --global-batch-size "$((GRPO_BATCH * 2))" ;;
+      groups_of_8) grpo_arm groups_of_8 "" --n-samples-per-prompt 8 --rollout-batch-size "$(((GRPO_BATCH + 1) / 2))" \
+         --over-sampling-batch-size "$GRPO_BATCH" ;;
+      no_std) grpo_arm no_std "" --disable-grpo-std-normalization ;;
       tis)
-         without --use-rollout-logprobs
+         without --use-rollout-logprobs 0
          grpo_arm tis "" --use-tis --tis-clip 2.0 --tis-clip-low 0
          ;;
       kl) grpo_arm kl "" --use-kl-loss --kl-loss-coef 0.01 --kl-loss-type low_var_kl --ref-load "$SFT_DIR/hf" ;;
-      groups_of_12) grpo_arm groups_of_12 "" --n-samples-per-prompt 12 --rollout-batch-size "$(((GRPO_BATCH + 1) / 2))" ;;
       penalty) grpo_arm penalty "tau2_customer_tool_penalty: 0.1" ;;
       moods)
          timed moods "$PYTHON" examples/tau-bench/sensitivity.py --checkpoint "$RUN_DIR/rft/hf" --output-dir "$RUN_DIR/moods" \
@@ -122,7 +135,7 @@ run_arm() {
 control() { # the arm that is the same but for the lever
    case $1 in
       keep_mistakes | teacher) echo rft ;;
-      redraw | curriculum | dynamic | tis | kl | groups_of_12 | penalty) echo grpo ;;
+      own_ids | shuffled | unfiltered | curriculum | two_steps | groups_of_8 | no_std | tis | kl | penalty) echo grpo ;;
       *) echo sft ;;
    esac
 }
@@ -132,6 +145,7 @@ control() { # the arm that is the same but for the lever
 mkdir -p "$RUN_DIR"
 "$PYTHON" -m slime_local.smollm2 --out "$MODEL_DIR"
 "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train test pool
+"$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train --mix mms_issue=1 --num-rows 72 --seed "$SEED"
 sft sft
 for arm in "${ARMS[@]}"; do
    say "$arm"

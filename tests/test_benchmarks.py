@@ -102,7 +102,7 @@ bash() { :; }  # no set-up
 source benchmarks/levers.sh
 timed() { case $* in *" train.py "*) "$2" train.py --check-only "${@:4}" ;; esac; }
 teach() { cp "$RUN_DIR/rows.jsonl" "$DATA_DIR/$1.jsonl"; }
-for arm in wordings teacher grpo redraw curriculum dynamic tis kl groups_of_12 penalty; do
+for arm in wordings teacher grpo own_ids shuffled unfiltered curriculum two_steps groups_of_8 no_std tis kl penalty; do
    (set -e; run_arm "$arm")
    echo "$arm is fine"
 done
@@ -122,12 +122,13 @@ def test_train_py_accepts_the_commands_of_every_arm(tmp_path, smol_dir):
     (tmp_path / "rows.jsonl").write_text((json.dumps({"prompt": dialogue, "tools": []}) + "\n") * 2)
     (tmp_path / "collected.json").write_text("{}")
     assert tau2_mock.main(["--local_dir", str(tmp_path / "data"), "--splits", "train"]) == 0
+    assert tau2_mock.main(["--local_dir", str(tmp_path / "data"), "--splits", "train", "--mix", "mms_issue=1"]) == 0
     settings = {"RUN_DIR": str(tmp_path), "MODEL_DIR": str(smol_dir), "TAU2_VENV": sys.prefix}
     done = subprocess.run(
         ["bash", "-c", CHECK_THE_ARMS], env=os.environ | settings, capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" is fine") == 10
+    assert done.stdout.count(" is fine") == 13
 
 
 # ---- the simulated rollout -----------------------------------------------------------------------------------
