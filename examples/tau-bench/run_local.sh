@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on one plain machine: no GPU, no API key, no model hub.
-#   bash examples/tau-bench/run_local.sh            25 minutes on 2 cores after the installation
+#   bash examples/tau-bench/run_local.sh            28 minutes on 2 cores after the installation
 #   QUICK=1 bash examples/tau-bench/run_local.sh    the same path with tiny counts, for a first look (not for its numbers)
 # tau2's telecom tasks -> teacher traces -> SFT -> RFT (SFT on the model's own episodes: those it solved, and those that
 # the teacher mended) -> GRPO with the shaped reward -> evaluation of all four on the 40 test tasks, and of the last with
