@@ -103,6 +103,7 @@ GRPO_ARGS=(
    --dynamic-sampling-filter-path tau2_reward_shaping.check_shaped_reward_spread_with_fallback
    --n-samples-per-prompt 4
    --global-batch-size "$((GRPO_BATCH * 4))" # one optimizer step a rollout: each sees every kind of task
+   --sglang-max-running-requests 24 # half of a rollout at a time, for the memory of keys and values
    --rollout-max-response-len 4096
    --rollout-max-context-len "$CONTEXT"
    --rollout-temperature 0.7 # at 1.0 a third of a 135M model's episodes lose their thread
