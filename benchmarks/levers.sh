@@ -34,9 +34,7 @@ train() { # train ARM [FLAGS]
 }
 
 teach() { # teach ARM NUMBER [FLAGS]: dialogues of the teacher
-   timed "$1" "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --prompt short --style checklist --mix "$MIX" \
-      --num-traces "$2" --output "$DATA_DIR/$1.jsonl" \
-      --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl" "${@:3}"
+   timed "$1" "$PYTHON" examples/tau-bench/teacher_traces.py "${TRACES_ARGS[@]}" --num-traces "$2" --output "$DATA_DIR/$1.jsonl" "${@:3}"
 }
 
 sft() { # sft ARM [FLAGS of the teacher]
@@ -46,9 +44,8 @@ sft() { # sft ARM [FLAGS of the teacher]
 
 rft_arm() { # rft_arm ARM [FLAGS]: a round of RFT from sft
    collect "$SFT_DIR/hf" "$RUN_DIR/collected.json" --num-trials 2 --seed "$((SEED + 1))"
-   timed "$1" "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --from-rollouts "$RUN_DIR/collected.json" \
-      --output "$DATA_DIR/$1.jsonl" --per-task 2 --mend 2 --style checklist --seed "$SEED" \
-      --num-traces "$((RFT_ROLLOUTS * 2))" --mix "$MIX" "${@:2}"
+   timed "$1" "$PYTHON" examples/tau-bench/teacher_traces.py "${OWN_ARGS[@]}" --from-rollouts "$RUN_DIR/collected.json" \
+      --output "$DATA_DIR/$1.jsonl" "${@:2}"
    train "$1" "${SFT_ARGS[@]}" "${RFT_ARGS[@]}" --hf-checkpoint "$SFT_DIR/hf" --prompt-data "$DATA_DIR/$1.jsonl"
    sample "$1" eval.json
 }
@@ -144,8 +141,7 @@ control() { # the arm that is the same but for the lever
 
 mkdir -p "$RUN_DIR"
 "$PYTHON" -m slime_local.smollm2 --out "$MODEL_DIR"
-"$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train test pool
-"$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train --mix mms_issue=1 --num-rows 72 --seed "$SEED"
+make_tasks
 sft sft
 for arm in "${ARMS[@]}"; do
    say "$arm"

@@ -40,8 +40,8 @@ def read_groups(run: Path) -> list[list[Stored]]:
 
 
 def _of_rollout(sample: dict[str, Any]) -> Stored:
-    cut_short = sample["status"] in ("aborted", "truncated")
-    status = Stored.Status(sample["status"]) if cut_short else Stored.Status.COMPLETED
+    by_value = {status.value: status for status in Stored.Status}
+    status = by_value.get(sample["status"], Stored.Status.COMPLETED)
     names = ("group_index", "reward", "remove_sample", "metadata")
     return Stored(status=status, **{name: sample[name] for name in names})
 

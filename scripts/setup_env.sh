@@ -85,11 +85,10 @@ command -v flock >/dev/null || fail "flock is missing: install util-linux"
 want=$(fingerprint)
 is_ready && exit 0
 check_python
-mkdir -p "$(dirname "$venv")" || fail "cannot create $venv"
+mkdir -p "$venv" || fail "cannot create $venv"
 exec 9>"$(readlink -f "$venv").lock" # beside the environment: two checkouts may share one
 flock --nonblock 9 || { echo "another set-up is running: waiting for it" && flock 9; }
 is_ready && exit 0 # the other one did it
-mkdir -p "$venv" || fail "cannot create $venv"
 make_venv
 install_all
 echo "$want" >"$done_file.tmp" && mv "$done_file.tmp" "$done_file" && rm -f "$broken_file"

@@ -144,6 +144,22 @@ COLLECT_ARGS=(
 # for the first that it has: a locked SIM or an ended contract ends in a hand-over, so the unpaid bills are those that
 # can be paid, three of 74 tasks.
 MIX=lock_sim_card_pin=1,contract_end_suspension=1,overdue_bill_suspension=2,service_issue=1,mms_issue=5,mobile_data_issue=4
+TRACES_ARGS=( # dialogues of the teacher
+   --local_dir "$DATA_DIR"
+   --prompt short
+   --style checklist
+   --mix "$MIX"
+   --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl"
+)
+OWN_ARGS=( # the model's own, solved or mended
+   --local_dir "$DATA_DIR"
+   --per-task 2
+   --mend 2
+   --style checklist
+   --mix "$MIX"
+   --seed "$SEED"
+   --num-traces "$((RFT_ROLLOUTS * 2))"
+)
 
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
@@ -160,6 +176,12 @@ evaluate() { # evaluate STAGE CHECKPOINT [FLAGS]
       "${EPISODE_ARGS[@]}" "${EVAL_ARGS[@]}" "${@:3}"
 }
 
+make_tasks() {
+   timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train test pool
+   timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train --mix mms_issue=1 --num-rows 72 \
+      --seed "$SEED"
+}
+
 collect() { # collect CHECKPOINT OUTPUT [FLAGS]: episodes of every train task
    timed rft "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$1" --output-path "$2" \
       "${EPISODE_ARGS[@]}" "${COLLECT_ARGS[@]}" "${@:3}"
@@ -172,14 +194,11 @@ say "SmolLM2-135M-Instruct as an HF folder"
 timed base "$PYTHON" -m slime_local.smollm2 --out "$MODEL_DIR"
 
 say "1. tasks to JSONL"
-timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train test pool
-timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train --mix mms_issue=1 --num-rows 72 --seed "$SEED"
+make_tasks
 evaluate base "$MODEL_DIR"
 
 say "2. SFT on teacher traces"
-timed sft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --prompt short --style checklist --seed "$SEED" \
-   --mix "$MIX" --num-traces "$((SFT_ROLLOUTS * 2))" \
-   --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl"
+timed sft "$PYTHON" examples/tau-bench/teacher_traces.py "${TRACES_ARGS[@]}" --seed "$SEED" --num-traces "$((SFT_ROLLOUTS * 2))"
 timed sft "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${SFT_ARGS[@]}" "${TEACHER_ARGS[@]}"
 evaluate sft "$SFT_DIR/hf"
 
@@ -194,9 +213,7 @@ for ((round = 1; round <= RFT_ROUNDS; round++)); do
       collect "$LAST_DIR/hf" "${collected[0]}" --seed "$((SEED + round))"
       collect "$LAST_DIR/hf" "${collected[1]}" --seed "$((SEED + round))" --redraw-ids
    fi
-   timed rft "$PYTHON" examples/tau-bench/teacher_traces.py --local_dir "$DATA_DIR" --from-rollouts "${collected[@]}" --output "$rows" \
-      --per-task 2 --mend 2 --style checklist --seed "$SEED" --num-traces "$((RFT_ROLLOUTS * 2))" \
-      --mix "$MIX"
+   timed rft "$PYTHON" examples/tau-bench/teacher_traces.py "${OWN_ARGS[@]}" --from-rollouts "${collected[@]}" --output "$rows"
    timed rft "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${SFT_ARGS[@]}" "${RFT_ARGS[@]}" \
       --hf-checkpoint "$LAST_DIR/hf" --prompt-data "$rows" --load "$RFT_DIR$round" --save "$RFT_DIR$round" \
       --save-hf "$RFT_DIR$round/hf"
