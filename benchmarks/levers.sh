@@ -25,7 +25,7 @@ TRIALS=${TRIALS:-2} # of each test task
 
 sample() { # sample ARM RESULT [FLAGS]: episodes of the arm's checkpoint on the test tasks, with the same seeds for each arm
    timed "eval_$1" "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$RUN_DIR/$1/hf" --output-path "$RUN_DIR/$1/$2" \
-      "${EPISODE_ARGS[@]}" "${EVAL_ARGS[@]}" --num-trials "$TRIALS" --temperature 0.7 --seed 7 "${@:3}"
+      "${EPISODE_ARGS[@]}" "${CUSTOMER_ARGS[@]}" "${EVAL_ARGS[@]}" --num-trials "$TRIALS" --temperature 0.7 --seed 7 "${@:3}"
 }
 
 train() { # train ARM [FLAGS]
@@ -57,8 +57,7 @@ teacher_arm() { # as many steps as a round of RFT, on fresh dialogues of the tea
 }
 
 grpo_arm() { # grpo_arm ARM "YAML LINE" [FLAGS]: GRPO from sft
-   mkdir -p "$RUN_DIR/$1"
-   { cat examples/tau-bench/local.yaml && printf '%s\n' "$2"; } >"$RUN_DIR/$1/settings.yaml"
+   settings "$RUN_DIR/$1/settings.yaml" "$2"
    train "$1" "${GRPO_ARGS[@]}" --hf-checkpoint "$SFT_DIR/hf" --custom-config-path "$RUN_DIR/$1/settings.yaml" \
       --save-debug-rollout-data "$RUN_DIR/$1/rollouts/{rollout_id}.pt" "${@:3}" # for benchmarks/partial_credit.py
    sample "$1" eval.json

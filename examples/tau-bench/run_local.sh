@@ -24,8 +24,11 @@ else
    GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-6} GRPO_BATCH=${GRPO_BATCH:-6}
    EVAL_TASKS=${EVAL_TASKS:-40} CONTEXT=${CONTEXT:-1664} # the teacher's longest dialogue has 1571 tokens
 fi
+MOOD=${MOOD:-plain} # of the customer in every stage: mixed, terse, ... (tau2_moods.py)
 DATA_DIR=$RUN_DIR/data
 MODEL_DIR=${MODEL_DIR:-runs/SmolLM2-135M-Instruct}
+SETTINGS=examples/tau-bench/local.yaml # of GRPO's plug-ins
+[ "$MOOD" = plain ] || SETTINGS=$RUN_DIR/settings.yaml # the same and the mood
 SFT_DIR=$RUN_DIR/sft
 RFT_DIR=$RUN_DIR/rft
 GRPO_DIR=$RUN_DIR/grpo
@@ -110,7 +113,7 @@ GRPO_ARGS=(
    --custom-generate-function-path generate_with_tau.generate
    --custom-reward-post-process-path tau2_reward_shaping.tau2_reward_post_process
    --custom-rollout-log-function-path tau2_reward_shaping.log_rollout
-   --custom-config-path examples/tau-bench/local.yaml
+   --custom-config-path "$SETTINGS"
    --advantage-estimator grpo
    --eps-clip 0.2
    --eps-clip-high 0.28
@@ -123,6 +126,7 @@ GRPO_ARGS=(
    --save-hf "$GRPO_DIR/hf"
 )
 
+CUSTOMER_ARGS=(--user-args "{\"mood\": \"$MOOD\"}")
 EPISODE_ARGS=(
    --domain telecom
    --prompt short
@@ -147,6 +151,7 @@ MIX=lock_sim_card_pin=1,contract_end_suspension=1,overdue_bill_suspension=2,serv
 TRACES_ARGS=( # dialogues of the teacher
    --local_dir "$DATA_DIR"
    --prompt short
+   "${CUSTOMER_ARGS[@]}"
    --style checklist
    --mix "$MIX"
    --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl"
@@ -173,7 +178,12 @@ timed() { # timed STEP COMMAND...: run it and add its seconds to the step's
 evaluate() { # evaluate STAGE CHECKPOINT [FLAGS]
    say "evaluation of $1"
    timed "eval_$1" "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$2" --output-path "$RUN_DIR/eval_$1.json" \
-      "${EPISODE_ARGS[@]}" "${EVAL_ARGS[@]}" "${@:3}"
+      "${EPISODE_ARGS[@]}" "${CUSTOMER_ARGS[@]}" "${EVAL_ARGS[@]}" "${@:3}"
+}
+
+settings() { # settings FILE [YAML LINE]: local.yaml, the mood and the line
+   mkdir -p "$(dirname "$1")"
+   { cat examples/tau-bench/local.yaml && printf '%s\n' "tau2_user_args: {mood: $MOOD}" "${@:2}"; } >"$1"
 }
 
 make_tasks() {
@@ -184,7 +194,7 @@ make_tasks() {
 
 collect() { # collect CHECKPOINT OUTPUT [FLAGS]: episodes of every train task
    timed rft "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$1" --output-path "$2" \
-      "${EPISODE_ARGS[@]}" "${COLLECT_ARGS[@]}" "${@:3}"
+      "${EPISODE_ARGS[@]}" "${CUSTOMER_ARGS[@]}" "${COLLECT_ARGS[@]}" "${@:3}"
 }
 
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # sourced for the arrays and functions above (benchmarks/levers.sh)
@@ -225,6 +235,7 @@ if [ "$RFT_ROUNDS" != 0 ]; then
 fi
 
 say "3. GRPO with the shaped reward"
+[ "$MOOD" = plain ] || settings "$SETTINGS"
 timed grpo "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${GRPO_ARGS[@]}" --hf-checkpoint "$LAST_DIR/hf"
 evaluate grpo "$GRPO_DIR/hf"
 evaluate redrawn "$GRPO_DIR/hf" --redraw-ids
