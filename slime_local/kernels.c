@@ -103,13 +103,17 @@ int64_t multiplies_bf16(void) { return PAIRS; } /* else what was rounded is mult
 /* ---- products --------------------------------------------------------------------------------------------------- */
 
 /* The sums of a block, plus `plus` where that is not NULL. The arguments that end in s are the distances of rows. */
-INLINE void put_block(const int rows, vec sum[ROWS][VALUES / LANES], const float *plus, int64_t ps, float *y,
-                      int64_t ys, int64_t width) {
-    for (int r = 0; r < rows; r++) {
-        float out[VALUES];
-        memcpy(out, sum[r], sizeof out);
-        for (int64_t c = 0; c < width; c++) y[r * ys + c] = out[c] + (plus ? plus[r * ps + c] : 0.0f);
-    }
+INLINE void put_block(const int rows, const int columns, vec sum[ROWS][VALUES / LANES], const float *plus, int64_t ps,
+                      float *y, int64_t ys, int64_t width) {
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) {
+            const float *more = plus ? plus + r * ps + c * LANES : NULL;
+            float *to = y + r * ys + c * LANES;
+            if (width >= (c + 1) * LANES)
+                *(vec *)to = more ? sum[r][c] + *(const vec *)more : sum[r][c];
+            else
+                for (int i = 0; i < width - c * LANES; i++) to[i] = sum[r][c][i] + (more ? more[i] : 0);
+        }
 }
 
 /* y[r][0 .. width) = sum over i of x[r][i] * w[i][0 .. width), plus `plus`. */
@@ -122,7 +126,7 @@ INLINE void block(const int rows, const int columns, const float *x, int64_t xs,
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < columns; c++) sum[r][c] += x[r * xs + i] * *(const vec *)(w + c * LANES);
     }
-    put_block(rows, sum, plus, ps, y, ys, width);
+    put_block(rows, columns, sum, plus, ps, y, ys, width);
 }
 
 /* BLOCK with its number of rows, fewer than ROWS, as a constant. */
@@ -202,7 +206,7 @@ INLINE void block_bf16(const int rows, const int columns, const left *x, int64_t
             for (int c = 0; c < columns; c++)
                 sum[r][c] = add_pair(sum[r][c], x + r * xs + i, _mm512_loadu_si512(w + c * 2 * LANES));
     }
-    put_block(rows, sum, plus, ps, y, ys, width);
+    put_block(rows, columns, sum, plus, ps, y, ys, width);
 }
 #else
 INLINE void block_bf16(const int rows, const int columns, const left *x, int64_t xs, const bf16 *w, int64_t ws,
@@ -458,20 +462,21 @@ static void attend(const Model *model, const Step *step, int64_t layer) {
 
 /* ---- attention in training -------------------------------------------------------------------------------------- */
 
-#define TILE 32 /* queries of a tile: its scores stay in the second cache */
+#define TILE 32 /* queries of a tile: in the gradient one panel of them */
+#define STRIP 64 /* keys that a tile meets at a time in the gradient: what belongs to them stays in the first cache */
 
 /* The last n of m positions attend causally: q, out, grad, dq [n][kv][group][D], k, v, dk, dv [m][kv][D], sums
    [n][kv][group]. Queries are rows r = position * group + member of the group. The rest is scratch; `wide` is m filled
-   up to whole panels. Keys and values stand as the engine keeps them; the gradient needs each in the other form too. */
+   up to whole panels. Forward, keys and values stand as the engine keeps them; the gradient has them as left operands. */
 typedef struct {
     int64_t n, m, kv, group, dim, in_bf16, wide;
     const float *q, *k, *v, *out, *sums, *grad;
     float *dq, *dk, *dv;
-    void *keys, *values;                 /* [kv][wide][D] */
-    bf16 *keys_as_values, *values_as_keys;
-    float *scores;                       /* [threads][2][TILE][wide] */
-    left *rounded;                       /* [threads][2][TILE][wide] */
-    float *sum_dk, *sum_dv;              /* [threads][kv][m][D], zeros */
+    void *keys, *values;                               /* [kv][wide][D] */
+    float *scores;                                     /* [threads][TILE][wide] */
+    left *rounded;                                     /* [threads][TILE][wide] */
+    left *key_rows, *value_rows, *turned_keys;         /* [kv][m][D] twice, [kv][D][wide] */
+    float *sum_dk, *sum_dv;                            /* [threads][kv][m][D], zeros */
 } Attention;
 
 /* Where row r of a head stands in q and its like. */
@@ -483,7 +488,7 @@ static int64_t place_of(const Attention *a, int64_t head, int64_t r) {
 static int64_t seen_by(const Attention *a, int64_t row) { return a->m - a->n + row / a->group + 1; }
 
 /* Two positions at a time: one thread writes both halves of a pair. */
-static void pack(const Attention *a, int both_forms) {
+static void pack(const Attention *a) {
 #pragma omp for collapse(2) schedule(static)
     for (int64_t head = 0; head < a->kv; head++)
         for (int64_t first = 0; first < a->m; first += 2)
@@ -492,20 +497,29 @@ static void pack(const Attention *a, int both_forms) {
                 int64_t at = head * a->wide * a->dim;
                 put_key(element(a->keys, at, a->in_bf16), j, k, a->dim, a->in_bf16);
                 put_value(element(a->values, at, a->in_bf16), j, v, a->dim, a->in_bf16, 1);
-                if (both_forms) {
-                    put_key(a->values_as_keys + at, j, v, a->dim, 1);
-                    put_value(a->keys_as_values + at, j, k, a->dim, 1, 1);
-                }
             }
 }
 
-/* The queries first .. first + rows of one head, times 1 / sqrt(D): tile [rows][D], in bf16 in `rounded` too. */
-static void load_queries(const Attention *a, int64_t head, int64_t first, int64_t rows, float *tile, left *rounded) {
+/* The same for the gradient; an odd number of turned keys has a zero behind them. */
+static void pack_left(const Attention *a) {
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t head = 0; head < a->kv; head++)
+        for (int64_t j = 0; j < a->m; j++) {
+            int64_t from = (j * a->kv + head) * a->dim, to = (head * a->m + j) * a->dim;
+            left *turned = a->turned_keys + head * a->dim * a->wide + j;
+            round_vector(a->k + from, a->key_rows + to, a->dim);
+            round_vector(a->v + from, a->value_rows + to, a->dim);
+            for (int64_t d = 0; d < a->dim; d++) turned[d * a->wide] = a->key_rows[to + d];
+            for (int64_t d = 0; j + 1 == a->m && (a->m & 1) && d < a->dim; d++) turned[d * a->wide + 1] = 0;
+        }
+}
+
+/* The queries first .. first + rows of one head, times 1 / sqrt(D): tile [rows][D]. */
+static void load_queries(const Attention *a, int64_t head, int64_t first, int64_t rows, float *tile) {
     float scale = 1 / sqrtf(a->dim);
     for (int64_t i = 0; i < rows; i++) {
         const float *from = a->q + place_of(a, head, first + i) * a->dim;
         for (int64_t d = 0; d < a->dim; d++) tile[i * a->dim + d] = from[d] * scale;
-        if (a->in_bf16) round_vector(tile + i * a->dim, rounded + i * a->dim, a->dim);
     }
 }
 
@@ -513,11 +527,11 @@ void attend_forward(const Attention *a, float *out, float *sums, int64_t threads
     int64_t dim = a->dim, wide = a->wide, tiles = (a->n * a->group + TILE - 1) / TILE;
 #pragma omp parallel num_threads(threads)
     {
-        float *scores = a->scores + 2 * TILE * wide * omp_get_thread_num();
-        left *rounded = a->rounded + 2 * TILE * wide * omp_get_thread_num();
+        float *scores = a->scores + TILE * wide * omp_get_thread_num();
+        left *rounded = a->rounded + TILE * wide * omp_get_thread_num();
         float tile[TILE * MAX_DIM], found[TILE * MAX_DIM];
         left rounded_tile[TILE * MAX_DIM];
-        pack(a, 0);
+        pack(a);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t t = 0; t < tiles; t++)
             for (int64_t head = 0; head < a->kv; head++) {
@@ -525,7 +539,8 @@ void attend_forward(const Attention *a, float *out, float *sums, int64_t threads
                 int64_t rows = left < TILE ? left : TILE, seen = seen_by(a, first + rows - 1);
                 const void *keys = element(a->keys, head * wide * dim, a->in_bf16);
                 const void *values = element(a->values, head * wide * dim, a->in_bf16);
-                load_queries(a, head, first, rows, tile, rounded_tile);
+                load_queries(a, head, first, rows, tile);
+                if (a->in_bf16) round_vector(tile, rounded_tile, rows * dim);
                 score(a->in_bf16 ? (void *)rounded_tile : tile, rows, keys, seen, scores, wide, dim, a->in_bf16);
                 for (int64_t i = 0; i < rows; i++) {
                     int64_t own = seen_by(a, first + i);
@@ -541,67 +556,104 @@ void attend_forward(const Attention *a, float *out, float *sums, int64_t threads
     }
 }
 
-/* sum [n][D], rows `stride` apart, += the transpose of weights [TILE][seen] times rows [TILE][D], as `put_value` has
-   them. `turned` has room for the transpose. */
-static void add_turned(const float *weights, int64_t wide, int64_t rows, int64_t seen, const bf16 *values, left *turned,
-                       float *sum, int64_t dim) {
-    for (int64_t j = 0; j < seen; j++)
-        for (int64_t i = 0; i < TILE; i++) turned[j * TILE + i] = i < rows ? to_left(weights[i * wide + j]) : 0;
+/* A tile of queries in the gradient, in the forms in which products want it, filled up with zeros. */
+typedef struct {
+    bf16 queries_as_keys[TILE * MAX_DIM], grads_as_keys[TILE * MAX_DIM];
+    bf16 queries_as_values[TILE * MAX_DIM], grads_as_values[TILE * MAX_DIM];
+    float sums[TILE], inner[TILE]; /* inner: of the gradient and the output */
+    int32_t own[TILE];             /* how many keys each query sees */
+    float turned_dq[MAX_DIM * TILE];
+} Tile;
+
+static void load_tile(const Attention *a, int64_t head, int64_t first, int64_t rows, Tile *tile) {
+    float queries[TILE * MAX_DIM];
+    if (rows < TILE) memset(tile, 0, sizeof *tile);
+    memset(tile->turned_dq, 0, a->dim * TILE * sizeof *tile->turned_dq);
+    load_queries(a, head, first, rows, queries);
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t from = place_of(a, head, first + i);
+        const float *query = queries + i * a->dim, *grad = a->grad + from * a->dim;
+        put_key(tile->queries_as_keys, i, query, a->dim, 1);
+        put_key(tile->grads_as_keys, i, grad, a->dim, 1);
+        put_value(tile->queries_as_values, i, query, a->dim, 1, 0);
+        put_value(tile->grads_as_values, i, grad, a->dim, 1, 0);
+        tile->sums[i] = a->sums[from];
+        tile->inner[i] = dot(grad, a->out + from * a->dim, a->dim);
+        tile->own[i] = seen_by(a, first + i);
+    }
+}
+
+/* rows [n][D] += weights [n][TILE] times a tile in the form of values. */
+INLINE void add_weighed(const left *weights, int64_t n, const bf16 *values, float *rows, int64_t dim) {
     int64_t d = 0;
     for (; d + VALUES <= dim; d += VALUES)
-        blocks_bf16(ROWS / 2, seen, VALUES / LANES, turned, TILE, values + 2 * d, 2 * dim, sum + d, dim, sum + d, dim, TILE,
+        blocks_bf16(ROWS / 2, n, VALUES / LANES, weights, TILE, values + 2 * d, 2 * dim, rows + d, dim, rows + d, dim, TILE,
                     VALUES);
     for (; d < dim; d += LANES)
-        blocks_bf16(ROWS, seen, 1, turned, TILE, values + 2 * d, 2 * dim, sum + d, dim, sum + d, dim, TILE, LANES);
+        blocks_bf16(ROWS, n, 1, weights, TILE, values + 2 * d, 2 * dim, rows + d, dim, rows + d, dim, TILE, LANES);
+}
+
+/* What a tile gives to the gradients of the n keys and values from `start` on, and they to that of the tile. Scores are
+   [key][query], so that nothing has to be transposed. */
+INLINE void strip_backward(const Attention *a, int64_t head, int64_t start, int64_t n, Tile *tile, float *dk, float *dv,
+                           const int64_t dim) {
+    float scores[STRIP * TILE], by_score[(STRIP + 1) * TILE];
+    left weights[STRIP * TILE], by[STRIP * TILE];
+    uint32_t pairs[STRIP / 2 * TILE];
+    int64_t rows = (head * a->m + start) * dim;
+    score(a->key_rows + rows, n, tile->queries_as_keys, TILE, scores, TILE, dim, 1);
+    score(a->value_rows + rows, n, tile->grads_as_keys, TILE, by_score, TILE, dim, 1);
+    for (int32_t j = 0; j < n; j++) {
+        float *weight = scores + j * TILE, *by_weight = by_score + j * TILE;
+        int32_t place = start + j;
+        for (int32_t i = 0; i < TILE; i++) {
+            float found = exponential(weight[i] - tile->sums[i]);
+            weight[i] = place < tile->own[i] ? found : 0;
+            by_weight[i] = weight[i] * (by_weight[i] - tile->inner[i]);
+        }
+    }
+    memset(by_score + n * TILE, 0, TILE * sizeof *by_score); /* the partner of an odd key */
+    round_vector(scores, weights, n * TILE);
+    round_vector(by_score, by, n * TILE);
+    for (int64_t j = 0; j < n; j += 2)
+        for (int64_t i = 0; i < TILE; i++)
+            pairs[j / 2 * TILE + i] = to_bf16(by_score[j * TILE + i]) | (uint32_t)to_bf16(by_score[(j + 1) * TILE + i]) << 16;
+    add_weighed(weights, n, tile->grads_as_values, dv + start * dim, dim);
+    add_weighed(by, n, tile->queries_as_values, dk + start * dim, dim);
+    blocks_bf16(ROWS, dim, TILE / LANES, a->turned_keys + head * dim * a->wide + start, a->wide, (bf16 *)pairs, 2 * TILE,
+                tile->turned_dq, TILE, tile->turned_dq, TILE, n + (n & 1), TILE);
+}
+
+/* Constant dimensions make faster loops. */
+static void strip_backward_of(const Attention *a, int64_t head, int64_t start, int64_t n, Tile *tile, float *dk, float *dv) {
+    switch (a->dim) {
+        case 64: strip_backward(a, head, start, n, tile, dk, dv, 64); break;
+        case 128: strip_backward(a, head, start, n, tile, dk, dv, 128); break;
+        default: strip_backward(a, head, start, n, tile, dk, dv, a->dim);
+    }
 }
 
 /* dq, and of each thread its part of dk and dv, all products in bf16. FlashAttention, arXiv 2205.14135, algorithm 4. */
 void attend_backward(const Attention *a, int64_t threads) {
-    int64_t dim = a->dim, m = a->m, wide = a->wide, tiles = (a->n * a->group + TILE - 1) / TILE;
+    int64_t dim = a->dim, m = a->m, tiles = (a->n * a->group + TILE - 1) / TILE;
 #pragma omp parallel num_threads(threads)
     {
         int64_t thread = omp_get_thread_num();
-        float *scores = a->scores + 2 * TILE * wide * thread, *by_score = scores + TILE * wide;
-        left *rounded = a->rounded + 2 * TILE * wide * thread, *turned = rounded + TILE * wide;
         float *dk = a->sum_dk + thread * a->kv * m * dim, *dv = a->sum_dv + thread * a->kv * m * dim;
-        float tile[TILE * MAX_DIM], found[TILE * MAX_DIM];
-        left queries[TILE * MAX_DIM], grads[TILE * MAX_DIM];
-        bf16 queries_as_values[TILE * MAX_DIM], grads_as_values[TILE * MAX_DIM];
-        pack(a, 1);
+        Tile tile;
+        pack_left(a);
         /* In fixed turns: each thread's sums, and so the gradient's bits, are the same in every run. */
 #pragma omp for collapse(2) schedule(static, 1)
         for (int64_t t = 0; t < tiles; t++)
             for (int64_t head = 0; head < a->kv; head++) {
-                int64_t first = (tiles - 1 - t) * TILE, left = a->n * a->group - first, at = head * wide * dim;
+                int64_t first = (tiles - 1 - t) * TILE, left = a->n * a->group - first, at = head * m * dim;
                 int64_t rows = left < TILE ? left : TILE, seen = seen_by(a, first + rows - 1);
-                load_queries(a, head, first, rows, tile, queries);
-                memset(queries_as_values, 0, sizeof queries_as_values);
-                memset(grads_as_values, 0, sizeof grads_as_values);
-                for (int64_t i = 0; i < rows; i++) {
-                    const float *grad = a->grad + place_of(a, head, first + i) * dim;
-                    round_vector(grad, grads + i * dim, dim);
-                    put_value(grads_as_values, i, grad, dim, 1, 0);
-                    put_value(queries_as_values, i, tile + i * dim, dim, 1, 0);
-                }
-                score(queries, rows, (bf16 *)a->keys + at, seen, scores, wide, dim, 1);
-                score(grads, rows, a->values_as_keys + at, seen, by_score, wide, dim, 1);
-                for (int64_t i = 0; i < rows; i++) {
-                    int64_t from = place_of(a, head, first + i), own = seen_by(a, first + i);
-                    float inner = dot(a->grad + from * dim, a->out + from * dim, dim), sum = a->sums[from];
-                    float *weight = scores + i * wide, *by = by_score + i * wide;
-                    for (int64_t j = 0; j < own; j++) {
-                        weight[j] = exponential(weight[j] - sum);
-                        by[j] = weight[j] * (by[j] - inner);
-                    }
-                    for (int64_t j = own; j < seen; j++) weight[j] = by[j] = 0;
-                    round_vector(by, rounded + i * wide, seen);
-                }
-                weigh(rounded, wide, rows, a->keys_as_values + at, seen + (seen & 1), found, dim, dim, 1);
-                add_turned(scores, wide, rows, seen, grads_as_values, turned, dv + head * m * dim, dim);
-                add_turned(by_score, wide, rows, seen, queries_as_values, turned, dk + head * m * dim, dim);
+                load_tile(a, head, first, rows, &tile);
+                for (int64_t start = 0; start < seen; start += STRIP)
+                    strip_backward_of(a, head, start, seen - start < STRIP ? seen - start : STRIP, &tile, dk + at, dv + at);
                 for (int64_t i = 0; i < rows; i++) {
                     float *to = a->dq + place_of(a, head, first + i) * dim;
-                    for (int64_t d = 0; d < dim; d++) to[d] = found[i * dim + d] / sqrtf(dim);
+                    for (int64_t d = 0; d < dim; d++) to[d] = tile.turned_dq[d * TILE + i] / sqrtf(dim);
                 }
             }
 #pragma omp for collapse(2) schedule(static)

@@ -165,8 +165,8 @@ def room_for_rounded(weight: Tensor, rows: int, n_in: int) -> Tensor | None:
 class _Attention(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("n", "m", "kv", "group", "dim", "in_bf16", "wide")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "sums", "grad", "dq", "dk", "dv")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("keys", "values", "keys_as_values", "values_as_keys")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("scores", "rounded", "sum_dk", "sum_dv")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("keys", "values", "scores", "rounded")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("key_rows", "value_rows", "turned_keys", "sum_dk", "sum_dv")]
 
 
 TILE, MAX_DIM, LANES = 32, 256, 16  # of kernels.c
@@ -182,10 +182,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, products: torch.dtype) -> tuple[Tens
     """The last n of m positions attend causally: q [n, kv, group, D], k and v [m, kv, D], fp32 and contiguous -> out
     [n, kv, group, D] and the log-sum-exps [n, kv, group]. D: a multiple of LANES, at most MAX_DIM."""
     out, sums, threads = torch.empty_like(q), q.new_empty(q.shape[:3]), torch.get_num_threads()
-    step, memory = _attention(q, k, v, products, ("keys", "values"))
+    wide = _wide(k)
+    memory = {name: torch.empty(wide * k[0].numel(), dtype=products) for name in ("keys", "values")}
+    memory |= {name: q.new_empty(threads * TILE * wide) for name in ("scores", "rounded")}
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (out, sums)]
-    library().attend_forward(ctypes.byref(step), *pointers, ctypes.c_int64(threads))
-    del memory
+    library().attend_forward(ctypes.byref(_attention(q, k, v, products, memory)), *pointers, ctypes.c_int64(threads))
     return out, sums
 
 
@@ -194,28 +195,27 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by q, k and v of `attend` with products in bf16, as its own are, given that by `out`."""
     threads = torch.get_num_threads()
-    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    given = dict(zip(("dq", "dk", "dv"), gradients, strict=True)) | {"out": out, "sums": sums, "grad": grad}
-    given |= {name: q.new_zeros(threads * k.numel()) for name in ("sum_dk", "sum_dv")}
-    forms = ("keys", "values", "keys_as_values", "values_as_keys")
-    step, memory = _attention(q, k, v, torch.bfloat16, forms, **given)
+    gradients = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
+    memory = gradients | {"out": out, "sums": sums, "grad": grad}
+    memory |= {name: q.new_zeros(threads * k.numel()) for name in ("sum_dk", "sum_dv")}
+    # Room for fp32: some CPUs multiply what was rounded so.
+    memory |= {name: q.new_empty(_wide(k) * k[0].numel()) for name in ("key_rows", "value_rows", "turned_keys")}
+    step = _attention(q, k, v, torch.bfloat16, memory)
     library().attend_backward(ctypes.byref(step), ctypes.c_int64(threads))
-    del memory
-    return gradients
+    return gradients["dq"], gradients["dk"], gradients["dv"]
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, products: torch.dtype, forms: tuple[str, ...], **tensors: Tensor
-) -> tuple[_Attention, dict[str, Tensor]]:
-    """The struct with room for keys and values in these `forms`, and what must live as long as it is used."""
-    (n, kv, group, dim), m, width = q.shape, len(k), library().panel_width()
-    wide, scores = -(-m // width) * width, torch.get_num_threads() * TILE
-    tensors |= {form: torch.empty(kv * wide * dim, dtype=products) for form in forms}
-    tensors |= {"q": q, "k": k, "v": v, "scores": q.new_empty(2 * scores * wide)}
-    tensors["rounded"] = q.new_empty(2 * scores * wide * (products == torch.bfloat16))
-    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+def _wide(k: Tensor) -> int:
+    """The keys of k [m, kv, D], filled up to whole panels."""
+    return -(-len(k) // library().panel_width()) * library().panel_width()
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, products: torch.dtype, memory: dict[str, Tensor]) -> _Attention:
+    """The struct of kernels.c, which points into these tensors."""
+    n, kv, group, dim = q.shape
+    pointers = {name: tensor.data_ptr() for name, tensor in ({"q": q, "k": k, "v": v} | memory).items()}
     in_bf16 = products == torch.bfloat16
-    return _Attention(n=n, m=m, kv=kv, group=group, dim=dim, in_bf16=in_bf16, wide=wide, **pointers), tensors
+    return _Attention(n=n, m=len(k), kv=kv, group=group, dim=dim, in_bf16=in_bf16, wide=_wide(k), **pointers)
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------
