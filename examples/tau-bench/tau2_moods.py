@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 MOOD_VERSION = "1"
@@ -158,7 +158,7 @@ class Mood:
         who += f", {scenario.location}." if scenario.abroad else "."
         return " ".join(self.rng.sample([complaint, who], 2))
 
-    def listen(self, text: str, topics: list[str], requests: list) -> tuple[str, list]:
+    def listen(self, text: str, topics: Sequence[str], requests: list) -> tuple[str, list]:
         """(what is asked back instead of doing anything, or "", the requests that are taken up)."""
         return "", requests
 
@@ -318,7 +318,7 @@ class AsksBack(Mood):
         self.waiting: list = []  # requests, until the agent explains
         self.topic = ""
 
-    def listen(self, text: str, topics: list[str], requests: list) -> tuple[str, list]:
+    def listen(self, text: str, topics: Sequence[str], requests: list) -> tuple[str, list]:
         if self.waiting:
             waiting, self.waiting = self.waiting, []
             if self._explained(text, topics, requests):
@@ -331,7 +331,7 @@ class AsksBack(Mood):
         self.waiting, self.topic = requests, self.rng.choice(known)
         return self.rng.choice(self._QUESTIONS).format(_NAMES[self.topic]), []
 
-    def _explained(self, text: str, topics: list[str], requests: list) -> bool:
+    def _explained(self, text: str, topics: Sequence[str], requests: list) -> bool:
         """The agent names the thing again, or says where it is without asking for anything else."""
         if requests:
             return self.topic in {r.topic for r in requests}

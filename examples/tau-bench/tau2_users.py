@@ -9,9 +9,10 @@ moods of it are in tau2_moods.py.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,7 +180,7 @@ class Request:
 def parse(text: str) -> list[Request]:
     """The requests in an agent's message, in its order. Text that asks for nothing gives an empty list."""
     found: list[Request] = []
-    recent: list[str] = []  # topics that "it" or "them" may stand for
+    recent: Sequence[str] = ()  # topics that "it" or "them" may stand for
     for sentence in _sentences(_spoken(text)):
         condition, act = _split_condition(sentence)
         if condition:
@@ -226,7 +227,7 @@ def _split_condition(sentence: str) -> tuple[str, str]:
     return condition.strip(), act.strip()
 
 
-def _parse_sentence(sentence: str, recent: list[str]) -> tuple[list[Request], list[str]]:
+def _parse_sentence(sentence: str, recent: Sequence[str]) -> tuple[list[Request], Sequence[str]]:
     requests: list[Request] = []
     clauses = re.split(r",|:|\band\b|\bthen\b|\balso\b|\bplus\b|&|\bor\b|\bafterwards\b", sentence)
     verb = "check" if sentence.endswith("?") else ""
@@ -257,14 +258,15 @@ def _parse_sentence(sentence: str, recent: list[str]) -> tuple[list[Request], li
     return requests, (mentioned or recent)
 
 
-def _topics(text: str) -> list[str]:
+@functools.lru_cache(maxsize=1024)  # agents repeat themselves
+def _topics(text: str) -> tuple[str, ...]:
     """Topics in the order in which the text names them; a place belongs to one topic only."""
     places: list[tuple[int, int, str]] = []
     for topic, pattern in _TOPIC_PATTERNS.items():
         for match in pattern.finditer(text):
             if all(match.end() <= start or match.start() >= end for start, end, _ in places):
                 places.append((match.start(), match.end(), topic))
-    return list(dict.fromkeys(topic for _, _, topic in sorted(places)))
+    return tuple(dict.fromkeys(topic for _, _, topic in sorted(places)))
 
 
 def _direction(clause: str) -> str:
