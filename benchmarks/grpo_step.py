@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import tempfile
 
-from common import best_matrix_rate, measure, need, parser, ratio, smollm2_dir, write_result
-from parts.telecom import dialogues, flags, huge_pages
+from common import best_matrix_rate, measure, need, parser, ratio, smollm2_dir, spread, write_result
+from parts.telecom import dialogues, flags, huge_pages, product_flops
 
 GROUP = 4
 
@@ -27,8 +27,9 @@ def main() -> None:
     huge_pages()
     folder = smollm2_dir()
     samples = stored_rollout(folder, args.groups or (1 if args.quick else 2), longest=not args.quick)
-    _, dtype = best_matrix_rate()
-    sides = {"TRL": trl_step(folder, samples, dtype == "bfloat16"), "ours": our_step(folder, samples)}
+    rate, dtype = best_matrix_rate()
+    ours, model = our_step(folder, samples)
+    sides = {"TRL": trl_step(folder, samples, dtype == "bfloat16"), "ours": ours}
     seconds = measure(sides, repeats=args.repeats or (2 if args.quick else 3))
     tokens = sum(len(sample["tokens"]) for sample in samples)
     rates = {side: [tokens / value for value in values] for side, values in seconds.items()}
@@ -37,6 +38,20 @@ def main() -> None:
     details = {"samples": len(samples), "tokens": tokens, "trl_dtype": dtype}
     speedup = ratio(seconds, "TRL", "ours")
     write_result("grpo-step", question, rates, unit="tokens/s", ratio=speedup, details=details, **result)
+    flops = product_flops(model, tokens, sum(sum(sample["mask"]) for sample in samples))
+    shares = {
+        side: spread([100 * flops / value / 1e12 / rate for value in values]) for side, values in seconds.items()
+    }
+    details |= {"matrix_rate_tflops": rate, "product_flops": flops}
+    write_result(
+        "grpo-step-rate",
+        "GRPO step: share of the machine's matrix rate, of which attention and what a group shares are no part",
+        {side: share.median for side, share in shares.items()},
+        unit="%",
+        value=shares["ours"],
+        details=details,
+        **result | {"target": None},
+    )
 
 
 def stored_rollout(folder, groups: int, longest: bool) -> list[dict]:
@@ -58,7 +73,7 @@ def stored_rollout(folder, groups: int, longest: bool) -> list[dict]:
 
 
 def our_step(folder, samples: list[dict]):
-    """One optimizer step of slime_local's trainer with run_local.sh's GRPO settings."""
+    """(one optimizer step of slime_local's trainer with run_local.sh's GRPO settings, its model)"""
     from slime_local.model import load_model
     from slime_local.trainer import Trainer
 
@@ -76,7 +91,7 @@ def our_step(folder, samples: list[dict]):
         "rewards": [advantage(sample) for sample in samples],
         "rollout_ids": list(range(count)),
     }
-    return lambda: trainer.train(0, data)
+    return lambda: trainer.train(0, data), model
 
 
 def advantage(sample: dict) -> float:

@@ -97,7 +97,8 @@ def grpo_flags(model: list[str], rows: Path, out: Path) -> list[str]:
     own = (
         "--custom-generate-function-path generate_with_tau.generate --input-key index --metadata-key metadata "
         "--num-rollout 1 --rollout-batch-size 1 --n-samples-per-prompt 2 --global-batch-size 2 "
-        "--rollout-max-response-len 1 --rollout-max-context-len 8192 --debug-rollout-only"
+        "--rollout-max-response-len 1 --rollout-max-context-len 8192 --debug-rollout-only "
+        f"--custom-config-path {EXAMPLE / 'local.yaml'}"  # the short prompt, as in the evaluation
     ).split()
     return [*own, *model, "--prompt-data", str(rows), "--save-debug-rollout-data", str(out / "{rollout_id}.pt")]
 
