@@ -6,8 +6,8 @@
 
 The median of the steps of a run counts, without the reading of the prompts: keys and values are put there, random ones
 for both sides. transformers computes in fp32 and in bf16, and the faster one counts. No requests share a prefix, so
-ours reads everything too. At batch 1 the bound is the time to read weights, keys and values once at this machine's
-measured bandwidth.
+ours reads everything too. The bound is the time to read weights, keys and values once at this machine's measured
+bandwidth; at larger batches the products, which it leaves out, take about as long.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ def main() -> None:
         result = {"unit": "tokens/s", "target": 4 if batch >= 8 else None, "quick": args.quick, "folder": args.results}
         result["details"] = {"generate_dtype": dtype}
         write_result(f"decode-{batch}", question, rates, ratio=ratio(seconds, "generate", "ours"), **result)
-        if batch == 1:
-            report_bound(ours, seconds["ours"], args)
+        report_bound(ours, batch, seconds["ours"], args)
     if not args.quick and args.device == "cpu":
         report_generate_batch(ours, theirs["bfloat16"], args)
 
 
-def report_bound(model, seconds: list[float], args) -> None:
-    """What share of the reading bound a step of one request reaches."""
+def report_bound(model, batch: int, seconds: list[float], args) -> None:
+    """What share of the reading bound a step reaches."""
     from slime_local.loop import _kv_bytes
 
     gigabytes = sum(p.numel() * model.product_dtype.itemsize for p in model.parameters()) / 1e9
-    gigabytes += CONTEXT * _kv_bytes(model) / 1e9
+    gigabytes += batch * CONTEXT * _kv_bytes(model) / 1e9
     bandwidth = max(read_bandwidth(args.device), sum_bandwidth(args.device))
     share = spread([100 * gigabytes / bandwidth / value for value in seconds])
-    details = {"gigabytes_a_token": gigabytes, "read_bandwidth_gb_s": bandwidth}
-    result = {"unit": "%", "target": 60, "quick": args.quick, "folder": args.results, "details": details}
-    question = "decoding at batch 1: share of the bound that memory bandwidth sets"
-    write_result("decode-1-bound", question, {"ours": share.median}, value=share, **result)
+    details = {"gigabytes_a_step": gigabytes, "read_bandwidth_gb_s": bandwidth}
+    target = 60 if batch == 1 else None
+    result = {"unit": "%", "target": target, "quick": args.quick, "folder": args.results, "details": details}
+    question = f"decoding at batch {batch}: share of the bound that memory bandwidth sets"
+    write_result(f"decode-{batch}-bound", question, {"ours": share.median}, value=share, **result)
 
 
 def sum_bandwidth(device: str) -> float:
