@@ -71,8 +71,9 @@ def test_the_checklist_style_solves_every_task(split):
     assert all(e.solved for e in episodes)
 
 
-def test_a_teacher_that_forgets_a_fix_mends_it():
-    teachers = [ScriptedTeacher("checks", slip=1.0, seed=seed) for seed in range(40)]
+@pytest.mark.parametrize("style", ["checks", "checklist"])
+def test_a_teacher_that_forgets_a_fix_mends_it(style):
+    teachers = [ScriptedTeacher(style, slip=1.0, seed=seed) for seed in range(40)]
     tasks = load_tasks("telecom", "test")
 
     async def run():
@@ -81,9 +82,12 @@ def test_a_teacher_that_forgets_a_fix_mends_it():
     episodes = asyncio.run(run())
     slipped = [(teacher, e) for teacher, e in zip(teachers, episodes, strict=True) if teacher.slips]
     assert len(slipped) > 25 and sum(e.solved for _, e in slipped) > 0.9 * len(slipped)
+    lists = []
     for teacher, episode in slipped:
         said = [m for m in episode.messages[2:] if m["role"] == "assistant"]
-        assert said[teacher.slips[0]]["content"].startswith("Please")
+        assert "lease" in said[teacher.slips[0]]["content"]
+        lists += [m for m in said[teacher.slips[0] + 1 :][:1] if (m["content"] or "").startswith("For your ")]
+    assert style != "checklist" or len(lists) > 20  # the whole list, after the one that did not help
 
 
 def test_the_teacher_reads_only_the_dialogue():

@@ -133,10 +133,10 @@ class ScriptedTeacher:
 
     style "checks" asks what the phone shows and lists the fixes for what is wrong; "checklist" asks for the fixes of
     the issue's paths "where needed" and leaves the looking to the customer, which a small model learns far sooner.
-    With probability `slip` it forgets a fix in its first round of checks and mends that later, for traces that show
-    how to recover; `slips` lists those turns (the first is 0), which nobody should learn. It answers what is asked
-    back, asks again for what the customer got wrong, and undoes what the customer did unasked. `wording`: one of
-    WORDINGS.
+    With probability `slip` it forgets a fix in its first list and mends that, if the customer is still there, for
+    traces that show how to recover; `slips` lists those turns (the first is 0), which nobody should learn. It answers
+    what is asked back, asks again for what the customer got wrong, and undoes what the customer did unasked.
+    `wording`: one of WORDINGS.
     """
 
     def __init__(self, style: str = "checks", slip: float = 0.0, seed: int = 0, wording: int = 0) -> None:
@@ -198,14 +198,20 @@ class ScriptedTeacher:
         if self._issue != "service":
             fixes += ["turn mobile data on", *(["turn roaming on"] if self._abroad else [])]
             fixes += _CHECKLISTS[self._issue]
-        request = _please([*fixes, *self._test]).replace("Please", "please")
-        said = yield from self._ask(f"For your {_ISSUES[self._issue]} problem, where needed, {request}")
+        asked = self._forget(fixes)
+        said = yield from self._ask(self._checklist(asked))
+        if len(asked) < len(fixes) and "locked" not in said:
+            said = yield from self._ask(self._checklist(fixes))
         if "locked" in said:
             return
         if self._issue == "service":
             yield from self._service()
         elif "no connection" in said or "mms fails" in said:
             yield from self._account()
+
+    def _checklist(self, fixes: list[str]) -> str:
+        request = _please([*fixes, *self._test]).replace("Please", "please")
+        return f"For your {_ISSUES[self._issue]} problem, where needed, {request}"
 
     def _forget(self, fixes: list[str]) -> list[str]:
         """The list without one of its fixes, now and then."""
