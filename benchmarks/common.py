@@ -316,6 +316,11 @@ def matrix_rate(
     return flops / _best(lambda: (x @ up) @ down, seconds, device) / 1e12
 
 
+def share_of_rate(flops: int, seconds: Sequence[float], rate: float) -> Spread:
+    """Per cent of `rate`, in TFLOP/s, at which `flops` are done in each of `seconds`."""
+    return spread([100 * flops / value / 1e12 / rate for value in seconds])
+
+
 def best_matrix_rate(device: str = "cpu") -> tuple[float, str]:
     """TFLOP/s in whichever of fp32 and bf16 this machine multiplies faster, and which one; on a GPU in bf16."""
     import torch

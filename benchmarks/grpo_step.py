@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 
-from common import best_matrix_rate, measure, need, parser, ratio, smollm2_dir, spread, write_result
+from common import best_matrix_rate, measure, need, parser, ratio, share_of_rate, smollm2_dir, write_result
 from parts.telecom import dialogues, flags, huge_pages, product_flops
 
 GROUP = 4
@@ -39,9 +39,7 @@ def main() -> None:
     speedup = ratio(seconds, "TRL", "ours")
     write_result("grpo-step", question, rates, unit="tokens/s", ratio=speedup, details=details, **result)
     flops = product_flops(model, tokens, sum(sum(sample["mask"]) for sample in samples))
-    shares = {
-        side: spread([100 * flops / value / 1e12 / rate for value in values]) for side, values in seconds.items()
-    }
+    shares = {side: share_of_rate(flops, values, rate) for side, values in seconds.items()}
     details |= {"matrix_rate_tflops": rate, "product_flops": flops}
     write_result(
         "grpo-step-rate",

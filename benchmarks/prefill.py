@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 
-from common import best_matrix_rate, measure, parser, ratio, smollm2_dir, spread, with_the_faster, write_result
+from common import best_matrix_rate, measure, parser, ratio, share_of_rate, smollm2_dir, with_the_faster, write_result
 from parts.telecom import huge_pages, product_flops
 
 KEPT, NEW, PROMPT = 800, 60, 1500
@@ -51,7 +51,7 @@ def report(name: str, task: str, work: tuple[int, int, int], ours, theirs, args)
     write_result(name, f"{task}: tokens a second", rates, unit="tokens/s", ratio=speedup, **result)
     rate, dtype = best_matrix_rate(args.device)
     flops = product_flops(ours, count * new, count, passes=1)
-    share = spread([100 * flops / value / 1e12 / rate for value in seconds["ours"]])
+    share = share_of_rate(flops, seconds["ours"], rate)
     result |= {"unit": "%", "target": 50, "details": {"matrix_rate_tflops": rate, "matrix_dtype": dtype}}
     result["details"]["product_flops"] = flops
     write_result(f"{name}-rate", f"{task}: share of the matrix rate", {"ours": share.median}, value=share, **result)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 import time
 
-from common import Seconds, best_matrix_rate, measure, need, parser, ratio, smollm2_dir, spread, write_result
+from common import Seconds, best_matrix_rate, measure, need, parser, ratio, share_of_rate, smollm2_dir, write_result
 from parts.telecom import dialogues, flags, huge_pages, product_flops
 
 PEER = ("trl", "accelerate", "datasets")
@@ -41,7 +41,7 @@ def main() -> None:
     speedup = ratio(seconds, "TRL", "ours")
     write_result("sft-step", question, rates, unit="tokens/s", ratio=speedup, target=5, details=details, **shared)
     flops = product_flops(model, tokens, loss_tokens)
-    share = spread([100 * flops / value / 1e12 / rate for value in seconds["ours"]])
+    share = share_of_rate(flops, seconds["ours"], rate)
     details |= {"matrix_rate_tflops": rate, "product_flops": flops}
     question = "SFT step: share of the machine's matrix rate"
     write_result(

@@ -85,7 +85,7 @@ def test_a_teacher_that_forgets_a_fix_mends_it(style):
     lists = []
     for teacher, episode in slipped:
         said = [m for m in episode.messages[2:] if m["role"] == "assistant"]
-        assert "lease" in said[teacher.slips[0]]["content"]
+        assert said[teacher.slips[0]]["content"].startswith("Please" if style == "checks" else "For your ")
         lists += [m for m in said[teacher.slips[0] + 1 :][:1] if (m["content"] or "").startswith("For your ")]
     assert style != "checklist" or len(lists) > 20  # the whole list, after the one that did not help
 
