@@ -131,6 +131,22 @@ def test_redrawn_ids_differ_between_rows(data, tmp_path):
     assert len(phones) == 6 and "555-123-2002" not in phones
 
 
+def test_a_share_of_the_rows_has_redrawn_ids(data, tmp_path, capsys):
+    rows = make(data, tmp_path / "rows", "--num-traces", "40", "--redraw-ids", "0.5", "--prompt", "short")
+    marked = {n for n, row in enumerate(rows) if row["metadata"]["redraw_ids"]}
+    stock = {n for n, row in enumerate(rows) if "555-123-2002" in json.dumps(row["prompt"])}
+    assert 10 < len(marked) < 30 and stock == set(range(40)) - marked
+    tasks = {source["task"]["id"]: source["task"] for source in tau2_mock.read_task_rows(data / TRAIN)}
+    for row in (rows[min(marked)], rows[min(stock)]):  # each can be played again from its metadata
+        seed, redrawn = row["metadata"]["seed"], row["metadata"]["redraw_ids"]
+        config = EpisodeConfig(prompt="short", redraw_ids=redrawn)
+        episode = asyncio.run(run_episode(tasks[row["metadata"]["task_id"]], ScriptedTeacher(), config, seed))
+        assert [m["content"] for m in row["prompt"]] == [m["content"] for m in episode.messages]
+    with pytest.raises(SystemExit):
+        make(data, tmp_path / "none", "--redraw-ids", "1.5")
+    assert "1.5 is not between 0 and 1" in capsys.readouterr().err
+
+
 def test_unsolved_episodes_are_dropped_and_counted(data, tmp_path, monkeypatch, capsys):
     """A teacher that transfers at once earns the reward on the tasks that end in a transfer only."""
     from tau2_teacher import AlwaysTransfer

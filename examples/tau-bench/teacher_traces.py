@@ -9,7 +9,8 @@ writes them) and writes data/teacher_traces.jsonl in the form that slime's SFT r
     {"prompt": [messages with structured tool_calls], "tools": [OpenAI schemas], "metadata": {"task_id", ...}}
 
 tau2's fixed greeting and the teacher's slips (--slip) carry "step_loss_mask": 0: they are not trained. A harder
-customer is --user-args '{"mood": "mixed"}' (tau2_moods.py), a teacher that does not always say the same --wordings 4.
+customer is --user-args '{"mood": "mixed"}' (tau2_moods.py), a teacher that does not always say the same --wordings 4, other
+names, phone numbers and ids in half of the episodes --redraw-ids 0.5.
 The same flags give the same bytes.
 
     --teacher-llm NAME --teacher-base-url http://127.0.0.1:8000/v1 [--teacher-llm-args JSON]
@@ -43,6 +44,7 @@ import re
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,7 @@ async def run_teacher(
 async def run_one(args: argparse.Namespace, config: EpisodeConfig, source: dict, seed: int) -> tuple[Outcome, bool]:
     """(outcome, whether it is the episode's own and not the machinery's). The teacher's slips are marked
     "step_loss_mask": 0 in the row."""
+    config = replace(config, redraw_ids=draws_new_ids(source["task"]["id"], seed, args.redraw_ids))
     for _ in range(TRIES):
         teacher = make_teacher(args, source, seed)
         episode = await run_episode(source["task"], teacher, config, seed)
@@ -167,6 +170,11 @@ def teacher_settings(args: argparse.Namespace) -> dict[str, Any]:
 def draw_wording(task_id: str, seed: int, count: int) -> int:
     """One of the teacher's first `count` wordings."""
     return random.Random(f"{task_id}:{seed}:wording").randrange(count)
+
+
+def draws_new_ids(task_id: str, seed: int, share: float) -> bool:
+    """Whether this episode is one of the `share` that get new names, phone numbers and ids."""
+    return random.Random(f"{task_id}:{seed}:redraw_ids").random() < share
 
 
 def _outcome(episode: Episode, source: dict, config: EpisodeConfig) -> Outcome:
@@ -287,7 +295,7 @@ def refuse_test_tasks(domain: str, rows: list[dict]) -> None:
 def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal]:
     """SFT rows of solved episodes, how many were dropped for which reason, and the journal to remove at the end."""
     check_teacher(args)
-    config = EpisodeConfig(args.domain, args.prompt, args.user, args.user_args, redraw_ids=args.redraw_ids)
+    config = EpisodeConfig(args.domain, args.prompt, args.user, args.user_args, redraw_ids=args.redraw_ids > 0)
     config.validate()
     sources = [row for path in args.tasks for row in read_task_rows(path)]
     check_tasks(args.domain, sources)
@@ -589,7 +597,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="draw among N wordings of the teacher (default: 1)",
     )
-    add("--redraw-ids", action="store_true", help="draw names, phone numbers and ids anew in each episode")
+    add(
+        "--redraw-ids",
+        type=share,
+        nargs="?",
+        const=1.0,
+        default=0.0,
+        metavar="SHARE",
+        help="draw names, phone numbers and ids anew in each episode, or in a share of them (0.5: half)",
+    )
     add("--seed", type=int, default=0)
     add("--user", default="scripted", help="scripted, recited, llm, or a litellm model (default: scripted)")
     add("--user-args", type=json_object, default={}, help='JSON object: {"mood": "mixed"}, or litellm arguments')
