@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import socket
 import sys
@@ -195,9 +196,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--context-length must be 2 or more, --max-running-requests 1 or more, --seed 0 or more")
     check_hf_folder(args.model_path)
     bind(args.host, args.port).close()  # a busy port is told before the model loads
+    gc.disable()  # its passes over what is imported here take a quarter of a second
     from slime_local.engine import Engine
     from slime_local.model import load_model
 
+    gc.freeze()
+    gc.enable()
     tokenizer = load_tokenizer(args.model_path)
     model = load_model(args.model_path)
     options = {"seed": args.seed, "own_thread": False}

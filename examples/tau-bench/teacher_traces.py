@@ -9,8 +9,8 @@ writes them) and writes data/teacher_traces.jsonl in the form that slime's SFT r
     {"prompt": [messages with structured tool_calls], "tools": [OpenAI schemas], "metadata": {"task_id", ...}}
 
 tau2's fixed greeting and the teacher's slips (--slip) carry "step_loss_mask": 0: they are not trained. A harder
-customer is --user-args '{"mood": "mixed"}' (tau2_moods.py), a teacher that does not always say the same --wordings 4, other
-names, phone numbers and ids in half of the episodes --redraw-ids 0.5.
+customer is --user-args '{"mood": "mixed"}' (tau2_moods.py), a teacher that does not always say the same --wordings 4,
+other names, phone numbers and ids in half of the episodes --redraw-ids 0.5.
 The same flags give the same bytes.
 
     --teacher-llm NAME --teacher-base-url http://127.0.0.1:8000/v1 [--teacher-llm-args JSON]
