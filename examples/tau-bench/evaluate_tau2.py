@@ -31,7 +31,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,7 @@ from tau2_episode import (
     default_customer,
     episode_to_row,
     git_commit,
+    ids_of_split,
     is_telecom,
     load_tasks,
     refuse_judged,
@@ -67,7 +68,7 @@ from tau2_metrics import behaviour, breakdowns, by_task, metrics, task_means
 from tau2_results import ROWS_FORMAT, RowsFile, read_result, rows_path, tau2_results, write_json
 from tau2_reward_shaping import partial_score
 from tau2_teacher import AGENTS, AlwaysTransfer
-from tau2_users import customer_name, repeats_itself
+from tau2_users import customer_name, has_model, repeats_itself
 
 CHECKPOINT = "checkpoint"
 TRIES = 3  # of an episode that the machinery broke
@@ -191,20 +192,26 @@ def run_command(argv: Sequence[str]) -> int:
 def run(args: argparse.Namespace) -> int:
     check_args(args)
     config = episode_config(args)
+    choose_tasks(ids_of_split(args.domain, args.task_split), args.num_tasks)
     if not rows_path(args.output_path).exists():  # where there are rows, perhaps nothing is owed
         check_customer_key(config)
-    tasks = choose_tasks(load_tasks(args.domain, args.task_split), args.num_tasks)
-    refuse_judged(tasks)
-    with RowsFile(args.output_path, settings(args)) as rows:
+    with contextlib.ExitStack() as stack:
+        loading = stack.enter_context(ThreadPoolExecutor()).submit(tasks_to_play, args)
+        if not is_telecom(args.domain):
+            loading.result()  # the tasks may be refused
+        rows, agents = stack.enter_context(RowsFile(args.output_path, settings(args))), None
+        if not rows.done and not has_model(args.user):  # server and tau2 take seconds to start, one beside the other
+            agents = stack.enter_context(running_agents(args))
+        tasks = loading.result()
         wanted = [(task, trial) for trial in range(args.num_trials) for task in tasks]
         owed = [(task, trial) for task, trial in wanted if (task.id, trial) not in rows.done]
-        if owed and len(owed) < len(wanted):
-            print(f"continuing: {len(wanted) - len(owed)} of {len(wanted)} episodes are there", flush=True)
         if owed:
+            if len(owed) < len(wanted):
+                print(f"continuing: {len(wanted) - len(owed)} of {len(wanted)} episodes are there", flush=True)
             check_customer(config)
-        failures = run_owed(args, config, owed, rows) if owed else []
-        if failures:
-            return report_incomplete(args, failures)
+            agents = agents or stack.enter_context(running_agents(args))
+            if failures := run_owed(args, config, owed, agents, rows):
+                return report_incomplete(args, failures)
         results = [rows.done[task.id, trial] for task, trial in wanted]
     floor = measure_floor(args.domain, tasks)
     summary = {
@@ -272,6 +279,12 @@ def choose_tasks(tasks: list, count: int | None) -> list:
     return [tasks[i * len(tasks) // count] for i in range(count)]
 
 
+def tasks_to_play(args: argparse.Namespace) -> list:
+    tasks = choose_tasks(load_tasks(args.domain, args.task_split), args.num_tasks)
+    refuse_judged(tasks)
+    return tasks
+
+
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What two rows must share to be counted together."""
     names = "domain task_split agent prompt user user_args seed max_steps max_errors temperature max_turn_tokens"
@@ -304,35 +317,50 @@ class Failure:
     reason: str
 
 
-def run_owed(args: argparse.Namespace, config: EpisodeConfig, owed: list, rows: RowsFile) -> list[Failure]:
+@dataclass
+class Agents:
+    """`make(task_id, trial)` gives the agent of an episode. `changed` says what is wrong when others answer by now."""
+
+    make: Callable[[str, int], Any]
+    alive: Callable[[], bool] = lambda: True
+    last_words: Callable[[], str] = lambda: ""
+    changed: Callable[[], str | None] = lambda: None
+
+
+@contextlib.contextmanager
+def running_agents(args: argparse.Namespace) -> Iterator[Agents]:
+    """The agents, with the server that the checkpoint needs, or checked to answer."""
+    if args.agent == CHECKPOINT:
+        with ThreadPoolExecutor() as pool:  # the server takes seconds to start
+            loading = pool.submit(load_chat_template, args.checkpoint)
+            with running_server(args) as server:
+                changed = functools.partial(
+                    weights_changed, server, args.checkpoint, fingerprint(Path(args.checkpoint))
+                )
+                make = token_agents(args, loading.result(), server)
+                yield Agents(make, server.alive, server.last_words, changed)
+    elif args.agent == chat_agent.CHAT:
+        make, preflight = chat_agent.make_chat_agents(args)
+        preflight()
+        yield Agents(make)
+    else:
+        yield Agents(lambda task_id, trial: AGENTS[args.agent]())
+
+
+def run_owed(
+    args: argparse.Namespace, config: EpisodeConfig, owed: list, agents: Agents, rows: RowsFile
+) -> list[Failure]:
     """Run the owed episodes and add their rows. Gives those that stayed broken."""
-    began = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        make_agent, alive, changed = _scripted(args), lambda: True, lambda: None
-        if args.agent == CHECKPOINT:
-            with ThreadPoolExecutor() as pool:  # the server takes seconds to start
-                loading = pool.submit(load_chat_template, args.checkpoint)
-                server = stack.enter_context(running_server(args))
-                template = loading.result()
-            make_agent, alive = token_agents(args, template, server), server.alive
-            changed = functools.partial(weights_changed, server, args.checkpoint, fingerprint(Path(args.checkpoint)))
-        if args.agent == chat_agent.CHAT:
-            make_agent, preflight = chat_agent.make_chat_agents(args)
-            preflight()
-        bar = stack.enter_context(Progress(len(owed)))
+    with Progress(len(owed)) as bar:
 
         async def finished(row: dict) -> None:
-            await rows.add({**row, "run": rows.runs, "minutes": round((time.monotonic() - began) / 60, 3)})
+            await rows.add({**row, **rows.stamp()})
             bar.advance(row["solved"])
 
-        failures = asyncio.run(run_all(args, config, owed, make_agent, alive, changed, finished))
-        if failures and not alive():
-            print(server.last_words(), file=sys.stderr)
+        failures = asyncio.run(run_all(args, config, owed, agents, finished))
+    if failures and not agents.alive():
+        print(agents.last_words(), file=sys.stderr)
     return failures
-
-
-def _scripted(args: argparse.Namespace) -> Callable[[str, int], Any]:
-    return lambda task_id, trial: AGENTS[args.agent]()
 
 
 def token_agents(args: argparse.Namespace, template: ChatTemplate, server: Server) -> Callable[[str, int], TokenAgent]:
@@ -353,12 +381,10 @@ async def run_all(
     args: argparse.Namespace,
     config: EpisodeConfig,
     owed: list,
-    make_agent: Callable[[str, int], Any],
-    alive: Callable[[], bool],
-    changed: Callable[[], str | None],
+    agents: Agents,
     finished: Callable[[dict], Awaitable[None]],
 ) -> list[Failure]:
-    """Those that stayed broken. Nothing is recorded once `changed` says that other weights are answering."""
+    """Those that stayed broken. Nothing is recorded once other weights are answering."""
     limit = asyncio.Semaphore(args.max_concurrency)
     wrong: list[str] = []
 
@@ -368,15 +394,15 @@ async def run_all(
             for _ in range(TRIES):
                 if wrong:
                     return Failure(task.id, trial, wrong[0])
-                agent = make_agent(task.id, trial)
+                agent = agents.make(task.id, trial)
                 episode = await run_episode(task, agent, config, seed=args.seed + trial)
-                if problem := await asyncio.to_thread(changed):
+                if problem := await asyncio.to_thread(agents.changed):
                     wrong.append(problem)
                     continue
                 if not episode.end_reason.is_infrastructure:
                     await finished(episode_row(episode, agent, trial))
                     return None
-                if not alive():
+                if not agents.alive():
                     break
             return Failure(task.id, trial, wrong[0] if wrong else f"{episode.end_reason.value}: {episode.detail}")
 

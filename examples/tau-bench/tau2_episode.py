@@ -497,14 +497,19 @@ def _split_ids(domain: str) -> dict[str, list[str]]:
     return splits if ALL_TASKS in splits else {**splits, ALL_TASKS: list(tasks_by_id(domain))}
 
 
+def ids_of_split(domain: str, split: str) -> list[str]:
+    """The task ids of a split. Raises BadInput on an unknown domain or split."""
+    splits = _split_ids(domain)
+    if split not in splits:
+        raise BadInput(f"unknown split {split!r} of domain {domain!r}; choose one of: {', '.join(splits)}")
+    return list(splits[split])
+
+
 def load_tasks(domain: str, split: str) -> list[Any]:
     """tau2 Task objects of a split, in the task file's order. They are shared: do not change them.
 
     Raises BadInput on an unknown domain or split."""
-    splits = _split_ids(domain)
-    if split not in splits:
-        raise BadInput(f"unknown split {split!r} of domain {domain!r}; choose one of: {', '.join(splits)}")
-    wanted = set(splits[split])
+    wanted = set(ids_of_split(domain, split))
     return [task for task_id, task in tasks_by_id(domain).items() if task_id in wanted]
 
 

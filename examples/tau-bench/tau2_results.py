@@ -13,6 +13,7 @@ import asyncio
 import fcntl
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class RowsFile:
         self.path = rows_path(output_path)
         self.output, self.settings = Path(output_path), json.loads(json.dumps(chosen))
         self.done: dict[tuple[str, int], dict] = {}
-        self.runs = 0
+        self.runs, self.began = 0, time.monotonic()
 
     def __enter__(self) -> RowsFile:
         if self.output.exists() and not self.path.exists():
@@ -113,6 +114,10 @@ class RowsFile:
         if other:
             differences = ", ".join(f"{key} {there.get(key)!r}, now {self.settings.get(key)!r}" for key in other)
             raise BadInput(f"{self.path} was made with other settings ({differences}): choose another --output-path")
+
+    def stamp(self) -> dict[str, Any]:
+        """Of a row that is added now: which run it is of, and the minutes since that began."""
+        return {"run": self.runs, "minutes": round((time.monotonic() - self.began) / 60, 3)}
 
     async def add(self, row: dict) -> None:
         """Returns when the row is on disk. The disk is waited for in a thread: other episodes go on meanwhile."""
