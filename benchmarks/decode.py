@@ -7,7 +7,8 @@
 The median of the steps of a run counts, without the reading of the prompts: keys and values are put there, random ones
 for both sides. transformers computes in fp32 and in bf16, and the faster one counts. No requests share a prefix, so
 ours reads everything too. The bound is the time to read weights, keys and values once at this machine's measured
-bandwidth; at larger batches the products, which it leaves out, take about as long.
+bandwidth. From some batch on multiplying by the weights takes longer than reading them: the least time has that, at
+the measured matrix rate, in place of their reading; attention's own products are for nothing in it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ import statistics
 import time
 from concurrent.futures import Future
 
-from common import Seconds, measure, parser, ratio, read_bandwidth, smollm2_dir, spread, with_the_faster, write_result
+from common import (
+    Seconds,
+    best_matrix_rate,
+    measure,
+    parser,
+    ratio,
+    read_bandwidth,
+    smollm2_dir,
+    spread,
+    with_the_faster,
+    write_result,
+)
 from parts.telecom import huge_pages
 
 CONTEXT = 1500
@@ -53,18 +65,31 @@ def main() -> None:
 
 
 def report_bound(model, batch: int, seconds: list[float], args) -> None:
-    """What share of the reading bound a step reaches."""
+    """What share of the reading bound and of the least time a step reaches."""
     from slime_local.loop import _kv_bytes
 
-    gigabytes = sum(p.numel() * model.product_dtype.itemsize for p in model.parameters()) / 1e9
-    gigabytes += batch * CONTEXT * _kv_bytes(model) / 1e9
+    numbers = sum(p.numel() for p in model.parameters())
+    weights = numbers * model.product_dtype.itemsize / 1e9
+    kept = batch * CONTEXT * _kv_bytes(model) / 1e9
     bandwidth = max(read_bandwidth(args.device), sum_bandwidth(args.device))
-    share = spread([100 * gigabytes / bandwidth / value for value in seconds])
-    details = {"gigabytes_a_step": gigabytes, "read_bandwidth_gb_s": bandwidth}
-    target = 60 if batch == 1 else None
-    result = {"unit": "%", "target": target, "quick": args.quick, "folder": args.results, "details": details}
-    question = f"decoding at batch {batch}: share of the bound that memory bandwidth sets"
-    write_result(f"decode-{batch}-bound", question, {"ours": share.median}, value=share, **result)
+    rate, dtype = best_matrix_rate(args.device)
+    products = 2 * batch * numbers / 1e12 / rate
+    bound, least = (weights + kept) / bandwidth, max(weights / bandwidth, products) + kept / bandwidth
+    details = {"gigabytes_a_step": weights + kept, "read_bandwidth_gb_s": bandwidth}
+    details |= {
+        "matrix_rate_tflops": rate,
+        "matrix_dtype": dtype,
+        "seconds_of_products": products,
+        "least_seconds": least,
+    }
+    for name, shortest, what, target in (
+        ("bound", bound, "share of the bound that memory bandwidth sets", 60 if batch == 1 else None),
+        ("least", least, "share of the least time: the weights' reading or products, then keys and values", None),
+    ):
+        share = spread([100 * shortest / value for value in seconds])
+        result = {"unit": "%", "target": target, "quick": args.quick, "folder": args.results, "details": details}
+        question = f"decoding at batch {batch}: {what}"
+        write_result(f"decode-{batch}-{name}", question, {"ours": share.median}, value=share, **result)
 
 
 def sum_bandwidth(device: str) -> float:

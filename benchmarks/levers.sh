@@ -19,6 +19,7 @@ for arm in "${ARMS[@]}"; do
 done
 SEED=${SEED:-1}
 RUN_DIR=${RUN_DIR:-runs/levers$SEED}
+SFT_ROLLOUTS=${SFT_ROLLOUTS:-60} # fewer than run_local.sh's: what a lever does is seen where there is something to gain
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/tau-bench/run_local.sh"
 
 TRIALS=${TRIALS:-2} # of each test task

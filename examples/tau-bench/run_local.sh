@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The whole pipeline on one plain machine: no GPU, no API key, no model hub.
-#   bash examples/tau-bench/run_local.sh            28 minutes on 2 cores after the installation
+#   bash examples/tau-bench/run_local.sh            MINUTES minutes on 2 cores after the installation
 #   QUICK=1 bash examples/tau-bench/run_local.sh    the same path with tiny counts, for a first look (not for its numbers)
-# tau2's telecom tasks -> teacher traces -> SFT -> RFT (SFT on the model's own episodes: those it solved, and those that
-# the teacher mended) -> GRPO with the shaped reward -> evaluation of all four on the 40 test tasks, and of the last with
-# ids drawn anew -> a table.
+# tau2's telecom tasks -> teacher traces -> SFT -> GRPO with the shaped reward -> evaluation of the model as it was and of
+# both on the 40 test tasks, and of the last with ids drawn anew -> a table.
+# RFT_ROUNDS=2 puts RFT between them: SFT on the model's own episodes, those it solved and those that the teacher mended.
 # Everything lands in $RUN_DIR; run it again after an interruption and it goes on where it was. For a run with other
 # settings (SEED=1 ...), choose another RUN_DIR.
 set -euo pipefail
@@ -15,15 +15,16 @@ cd "$ROOT"
 QUICK=${QUICK:-0}
 if [ "$QUICK" = 1 ]; then
    RUN_DIR=${RUN_DIR:-runs/quick}
-   SFT_ROLLOUTS=${SFT_ROLLOUTS:-4} RFT_ROUNDS=${RFT_ROUNDS:-0} RFT_ROLLOUTS=${RFT_ROLLOUTS:-2}
+   SFT_ROLLOUTS=${SFT_ROLLOUTS:-4} RFT_ROLLOUTS=${RFT_ROLLOUTS:-2}
    GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-1} GRPO_BATCH=${GRPO_BATCH:-1}
    EVAL_TASKS=${EVAL_TASKS:-4} CONTEXT=${CONTEXT:-1024}
 else
    RUN_DIR=${RUN_DIR:-runs/local}
-   SFT_ROLLOUTS=${SFT_ROLLOUTS:-60} RFT_ROUNDS=${RFT_ROUNDS:-2} RFT_ROLLOUTS=${RFT_ROLLOUTS:-40}
+   SFT_ROLLOUTS=${SFT_ROLLOUTS:-140} RFT_ROLLOUTS=${RFT_ROLLOUTS:-40}
    GRPO_ROLLOUTS=${GRPO_ROLLOUTS:-6} GRPO_BATCH=${GRPO_BATCH:-6}
    EVAL_TASKS=${EVAL_TASKS:-40} CONTEXT=${CONTEXT:-1664} # the teacher's longest dialogue has 1571 tokens
 fi
+RFT_ROUNDS=${RFT_ROUNDS:-0} # of RFT, between SFT and GRPO
 MOOD=${MOOD:-plain} # of the customer in every stage: mixed, terse, ... (tau2_moods.py)
 DATA_DIR=$RUN_DIR/data
 MODEL_DIR=${MODEL_DIR:-runs/SmolLM2-135M-Instruct}
@@ -40,10 +41,8 @@ done
 for name in SEED RFT_ROUNDS; do
    [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || { echo "error: $name=${!name}: give a whole number" >&2 && exit 2; }
 done
-STAGES=(base sft rft grpo) LAST_DIR=$SFT_DIR LOGS=("$SFT_DIR/metrics.jsonl")
-if [ "$RFT_ROUNDS" = 0 ]; then # no RFT: the few dialogues of QUICK=1 teach too little to solve anything
-   STAGES=(base sft grpo)
-fi
+STAGES=(base sft grpo) LAST_DIR=$SFT_DIR LOGS=("$SFT_DIR/metrics.jsonl")
+[ "$RFT_ROUNDS" = 0 ] || STAGES=(base sft rft grpo)
 
 bash scripts/setup_env.sh
 PYTHON=${TAU2_VENV:-.venv}/bin/python
@@ -153,6 +152,7 @@ TRACES_ARGS=( # dialogues of the teacher
    --prompt short
    "${CUSTOMER_ARGS[@]}"
    --style checklist
+   --redraw-ids 0.5 # half with other names, numbers and ids, which are to be copied, not remembered
    --mix "$MIX"
    --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl"
 )
