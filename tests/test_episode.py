@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 import json
 import re
 import subprocess
@@ -411,3 +412,21 @@ async def test_other_domains_run_with_an_llm_customer(fake_llm, domain):
     task = load_tasks(domain, "test")[0]
     episode, _ = await play(task, "How can I help?", config=EpisodeConfig(domain=domain, user="openai/some-model"))
     assert episode.end_reason == EndReason.USER_STOP and episode.reward is not None
+
+
+def test_the_garbage_collector_leaves_alone_what_stays():
+    frozen = gc.get_freeze_count()
+    with tau2_episode._lasting():
+        assert not gc.isenabled()
+        kept = [[] for _ in range(1000)]
+    assert gc.isenabled() and gc.get_freeze_count() - frozen >= len(kept)
+    with pytest.raises(BadInput), tau2_episode._lasting():
+        raise BadInput("whatever goes wrong meanwhile")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with tau2_episode._lasting():
+            pass
+        assert not gc.isenabled()  # a host that switched it off keeps it off
+    finally:
+        gc.enable()

@@ -99,6 +99,12 @@ def mend(
 ) -> tuple[list[Mended], Counter[str]]:
     """At most `per_task` different mended episodes of each task, and why others are none. Of the teacher's first
     `wordings` the one that the model followed longest goes on. Raises BadInput for a customer that is a model."""
+    return asyncio.run(_mend_all(failed, per_task, style, wordings, keep_mistakes))
+
+
+async def _mend_all(
+    failed: dict[str, list[Recorded]], per_task: int, style: str, wordings: int, keep_mistakes: bool
+) -> tuple[list[Mended], Counter[str]]:
     kept: list[Mended] = []
     dropped: Counter[str] = Counter()
     for _, episodes in sorted(failed.items()):
@@ -106,7 +112,7 @@ def mend(
         for recorded in episodes:
             if len(dialogues) == per_task:
                 break
-            mended = asyncio.run(_mend(recorded, style, wordings, keep_mistakes))
+            mended = await _mend(recorded, style, wordings, keep_mistakes)
             dialogue = json.dumps(mended.episode.messages, sort_keys=True)
             if not mended.episode.solved:
                 dropped[f"not mended, {mended.episode.end_reason.value}"] += 1
