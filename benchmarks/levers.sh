@@ -5,13 +5,14 @@
 #   SEED=1 bash benchmarks/levers.sh grpo shuffled       these arms
 # SFT:  sft wordings slips           one round of RFT from sft:  rft keep_mistakes teacher, and the rft arm under
 # each mood of the customer:  moods
-# GRPO from sft:  grpo own_ids shuffled unfiltered curriculum two_steps groups_of_8 no_std tis kl penalty
+# GRPO from sft:  grpo own_ids shuffled unfiltered curriculum two_steps groups_of_8 no_std tis kl penalty; with
+# customers of all moods, beside sft under the same:  mixed
 # Results: $RUN_DIR/ARM/eval.json, with names, numbers and ids drawn anew eval_new.json where that is the question. Run
 # it again after an interruption and it goes on where it was.
 set -euo pipefail
 
 ALL=(sft rft keep_mistakes teacher wordings slips moods
-   grpo own_ids shuffled unfiltered curriculum two_steps groups_of_8 no_std tis kl penalty)
+   grpo own_ids shuffled unfiltered curriculum two_steps groups_of_8 no_std tis kl penalty mixed)
 [ $# -gt 0 ] || set -- "${ALL[@]}"
 ARMS=("$@")
 for arm in "${ARMS[@]}"; do
@@ -122,6 +123,12 @@ run_arm() {
          ;;
       kl) grpo_arm kl "" --use-kl-loss --kl-loss-coef 0.01 --kl-loss-type low_var_kl --ref-load "$SFT_DIR/hf" ;;
       penalty) grpo_arm penalty "tau2_customer_tool_penalty: 0.1" ;;
+      mixed)
+         MOOD=mixed CUSTOMER_ARGS=(--user-args '{"mood": "mixed"}')
+         grpo_arm mixed ""
+         sample sft eval_mixed.json
+         timed mixed "$PYTHON" examples/tau-bench/evaluate_tau2.py compare "$SFT_DIR/eval_mixed.json" "$RUN_DIR/mixed/eval.json"
+         ;;
       moods)
          timed moods "$PYTHON" examples/tau-bench/sensitivity.py --checkpoint "$RUN_DIR/rft/hf" --output-dir "$RUN_DIR/moods" \
             "${EPISODE_ARGS[@]}" "${EVAL_ARGS[@]}"
@@ -133,6 +140,7 @@ control() { # the arm that is the same but for the lever
    case $1 in
       keep_mistakes | teacher) echo rft ;;
       own_ids | shuffled | unfiltered | curriculum | two_steps | groups_of_8 | no_std | tis | kl | penalty) echo grpo ;;
+      mixed) echo mixed ;; # compared in its own arm
       *) echo sft ;;
    esac
 }
