@@ -9,7 +9,6 @@ full disk) is one line and exit code 1.
 """
 
 import argparse
-import gc
 import os
 import sys
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from pathlib import Path
 from slime_local.checks import check
 from slime_local.errors import UsageError, os_error_line
 from slime_local.flags import parse_args
+from slime_local.lasting import lasting
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,11 +95,9 @@ def hand_over(argv: list[str]) -> None:
 
 
 def train_here(args: argparse.Namespace) -> None:
-    gc.disable()  # its passes over what is imported here take a quarter of a second
-    from slime_local.loop import train
+    with lasting():
+        from slime_local.loop import train
 
-    gc.freeze()
-    gc.enable()
     train(args)
 
 

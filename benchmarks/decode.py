@@ -75,8 +75,9 @@ def report_bound(model, batch: int, seconds: list[float], args) -> None:
     rate, dtype = best_matrix_rate(args.device)
     products = 2 * batch * numbers / 1e12 / rate
     bound, least = (weights + kept) / bandwidth, max(weights / bandwidth, products) + kept / bandwidth
-    details = {"gigabytes_a_step": weights + kept, "read_bandwidth_gb_s": bandwidth}
-    details |= {
+    details = {
+        "gigabytes_a_step": weights + kept,
+        "read_bandwidth_gb_s": bandwidth,
         "matrix_rate_tflops": rate,
         "matrix_dtype": dtype,
         "seconds_of_products": products,

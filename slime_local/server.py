@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import contextlib
 import errno
-import gc
 import json
 import socket
 import sys
@@ -19,6 +18,7 @@ import threading
 from collections.abc import Iterator
 
 from slime_local.errors import UsageError
+from slime_local.lasting import lasting
 
 MAX_REQUEST_BYTES = 16 * 2**20
 MAX_REQUESTS = 1024  # that are read, wait or run; what comes on top is answered 503 before its body is read
@@ -196,12 +196,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--context-length must be 2 or more, --max-running-requests 1 or more, --seed 0 or more")
     check_hf_folder(args.model_path)
     bind(args.host, args.port).close()  # a busy port is told before the model loads
-    gc.disable()  # its passes over what is imported here take a quarter of a second
-    from slime_local.engine import Engine
-    from slime_local.model import load_model
+    with lasting():
+        from slime_local.engine import Engine
+        from slime_local.model import load_model
 
-    gc.freeze()
-    gc.enable()
     tokenizer = load_tokenizer(args.model_path)
     model = load_model(args.model_path)
     options = {"seed": args.seed, "own_thread": False}
