@@ -1,7 +1,7 @@
 """Imports that stay until the process ends, without the garbage collector.
 
-    with lasting():
-        from slime_local.engine import Engine
+with lasting():
+    from slime_local.engine import Engine
 """
 
 import contextlib
