@@ -281,6 +281,19 @@ def test_rows_that_cannot_be_converted(messages, reason):
         (["--from-hub-file", "{data}/other.jsonl"], "no row is left to write (dropped: 1 other domain)"),
         (["--output", "{data}/broken.jsonl/rows"], "{data}/broken.jsonl is a file, not a folder"),
         (["--from-hub"], "cannot get blended_traces_v4.jsonl"),
+        (["--from-hub", "--slip", "0.5"], "--slip: rows from --from-hub have no use for that"),
+        (
+            ["--from-rollouts", "x", "--tasks", "y"],
+            "--tasks: rows from --from-rollouts without --mend have no use for",
+        ),
+        (["--from-rollouts", "x", "--style", "checklist"], "--style: rows from --from-rollouts without --mend have"),
+        (
+            ["--from-rollouts", "x", "--mend", "1", "--redraw-ids"],
+            "--redraw-ids: rows from --from-rollouts have no use",
+        ),
+        (["--keep-thinking", "--per-task", "3"], "--keep-thinking, --per-task: rows from the scripted teacher's "),
+        (["--temperature", "0.7"], "--temperature: rows from the scripted teacher's episodes have no use for that"),
+        (["--from-hub", "--teacher-llm", "m"], "--teacher-llm: rows from --from-hub have no use for that"),
     ],
 )
 def test_bad_input(data, tmp_path, capsys, flags, message):

@@ -71,6 +71,11 @@ from tau2_users import has_model
 HUB_REPO = "Jarrodbarnes/tau2-sft-v4-dataset"
 HUB_FILE = "blended_traces_v4.jsonl"
 TRIES = 3  # of an episode that the machinery broke
+# What each source of rows reads besides --local_dir, --output and --domain; a flag of another source is refused.
+HUB_FLAGS = {"prompt", "keep_thinking"}
+ROLLOUT_FLAGS = {"num_traces", "mix", "seed", "per_task", "tokenizer", "mend"}
+MEND_FLAGS = {"style", "wordings", "keep_mistakes"}
+MODEL_FLAGS = {"temperature", "max_turn_tokens", "agent_llm_args", "agent_key_env"}  # of --teacher-llm
 CONTROL_TEXT = re.compile(r"<\|[^|<>]{1,40}\|>|</?(tool_call|tool_response|tools|think)>")
 
 
@@ -632,6 +637,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tokenizer", type=Path, help="rollouts: HF folder of the model; turns with other ids are not trained")
     add("--keep-thinking", action="store_true", help="hub rows: keep the thoughts, as reasoning_content")
     args = parser.parse_args(argv)
+    args.given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     args.max_context_len = None  # the endpoint's own
     args.tasks = args.tasks or [args.local_dir / f"{args.domain}_train_tasks.jsonl"]
     name = "rollout_traces.jsonl" if args.from_rollouts else "teacher_traces.jsonl"
@@ -651,12 +657,30 @@ def _counts(counter: Counter) -> str:
     return ", ".join(f"{count} {what}" for what, count in sorted(counter.items()))
 
 
-def make_traces(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal | None]:
-    """Rows, drop reasons, and the journal to remove at the end, from where the flags say."""
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises BadInput for flags that the source of the rows would not read."""
     if args.keep_mistakes and not args.mend:
         raise BadInput("--keep-mistakes belongs to --mend N")
     if args.mend and not args.from_rollouts:
         raise BadInput("--mend belongs to --from-rollouts RUN: it mends the episodes that failed there")
+    given = args.given - {"local_dir", "output", "domain", "from_rollouts", "from_hub", "from_hub_file"}
+    if args.from_rollouts:
+        source, unread = "--from-rollouts" if args.mend else "--from-rollouts without --mend", given - ROLLOUT_FLAGS
+        unread -= MEND_FLAGS if args.mend else set()
+    elif args.from_hub or args.from_hub_file:
+        source, unread = "--from-hub", given - HUB_FLAGS
+    else:
+        source, unread = "the teacher's episodes", given & {"per_task", "tokenizer", "keep_thinking"}
+        if not args.agent_llm and not args.agent_base_url:
+            source, unread = "the scripted teacher's episodes", unread | given & MODEL_FLAGS
+    if unread:
+        flags = ", ".join("--" + name.replace("agent_", "teacher_").replace("_", "-") for name in sorted(unread))
+        raise BadInput(f"{flags}: rows from {source} have no use for that")
+
+
+def make_traces(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal | None]:
+    """Rows, drop reasons, and the journal to remove at the end, from where the flags say."""
+    check_flags(args)
     if args.from_rollouts:
         return *traces_from_rollouts(args), None
     if args.from_hub or args.from_hub_file:
