@@ -155,7 +155,8 @@ def read_weights(location: Location, names: list[str], config: object) -> Iterat
     """
     from safetensors import safe_open
 
-    from slime_local.model import HfWeights, check_hf_folder, read_parameter
+    from slime_local.hf_folder import check_hf_folder
+    from slime_local.model import HfWeights, read_parameter
 
     if location.iteration is None:
         weights = HfWeights(check_hf_folder(location.path))

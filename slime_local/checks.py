@@ -18,7 +18,13 @@ from slime_local.checkpoint import find_start, saved_iterations
 from slime_local.data import read_numbered_rows, row_tools, split_slice
 from slime_local.errors import UsageError
 from slime_local.flags import MODEL_SHAPE, check_combinations, load_flags
-from slime_local.hf_folder import check_hf_folder, read_json_object, read_safetensors_header, weight_files
+from slime_local.hf_folder import (
+    check_hf_folder,
+    load_config,
+    read_json_object,
+    read_safetensors_header,
+    weight_files,
+)
 from slime_local.plugins import EQUIVALENTS, SFT_ROLLOUT, load_function
 
 PLUGIN_FLAGS = (
@@ -54,7 +60,7 @@ def check(args: Namespace, host: str) -> None:
         _check_data,
         _check_model_shape,
     ]
-    local = [_check_start, _check_overwriting, _check_port, _check_memory]
+    local = [_check_family, _check_start, _check_overwriting, _check_port, _check_memory]
     _run_checks(args, [*quick, *(local if host == "local" else [])])
     _run_checks(args, [_check_plugins if host == "local" else _check_plugins_for_slime])
 
@@ -77,6 +83,11 @@ def _check_folders(args: Namespace) -> None:
     if args.hf_checkpoint is None:
         raise UsageError("--hf-checkpoint is missing: the HF folder of the model")
     check_hf_folder(args.hf_checkpoint)
+
+
+def _check_family(args: Namespace) -> None:
+    if args.hf_checkpoint is not None:
+        load_config(args.hf_checkpoint)
 
 
 def _check_iteration_folders(args: Namespace) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_local.errors import UsageError, one_line
+from slime_local.hf_folder import read_json_object
 from slime_local.sample import Sample
 
 SLICE = re.compile(r"^(?P<path>.*)@\[(?P<start>(-?[0-9]{1,9})?):(?P<stop>(-?[0-9]{1,9})?)\]$", re.DOTALL)
@@ -179,9 +180,25 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, config=_model_type(Path(path)), trust_remote_code=False)
     except Exception as error:  # a broken file raises what the library that reads it happens to raise
         raise UsageError(f"{path}: no tokenizer can be loaded ({one_line(error)})") from error
+
+
+def _model_type(folder: Path) -> Any:
+    """A config with all that AutoTokenizer reads of one where the tokenizer's own file names its class: the model's
+    whole config brings a thousand modules, 1.3 seconds of a start. None where transformers has to look for itself."""
+    from transformers import PretrainedConfig
+
+    files = folder / "config.json", folder / "tokenizer_config.json"
+    if not all(file.is_file() for file in files):
+        return None
+    model, tokenizer = map(read_json_object, files)
+    if "model_type" not in model or "tokenizer_class" not in tokenizer:
+        return None
+    config = PretrainedConfig(name_or_path=str(folder))
+    config.model_type = model["model_type"]
+    return config
 
 
 def template_renderer(tokenizer: Any, options: dict[str, Any] | None) -> Callable[..., str]:

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from slime_local import kernels
 from slime_local.attention import attend_paths
 from slime_local.errors import UsageError, one_line
-from slime_local.hf_folder import check_hf_folder, read_safetensors_header, weight_files
+from slime_local.hf_folder import ModelConfig, load_config, read_safetensors_header, weight_files
 from slime_local.prefixes import share_prefixes
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -179,13 +178,13 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
         self.kv_heads = config.num_key_value_heads
         self.group = config.num_attention_heads // self.kv_heads
-        self.head_dim = head_dim(config)
+        self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
-        bias = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
+        bias = config.model_type == "qwen2"
         width = self.kv_heads * (self.group + 2) * self.head_dim
         self.linear_qkv = Linear(config.hidden_size, width, dtype, bias=bias, norm=True)
         self.linear_proj = Linear(config.num_attention_heads * self.head_dim, config.hidden_size, dtype)
@@ -209,7 +208,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, config, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.linear_fc1 = Linear(config.hidden_size, 2 * config.intermediate_size, dtype, norm=True)
@@ -224,7 +223,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
         self.self_attention = Attention(config, dtype)
         self.mlp = Mlp(config, dtype)
@@ -242,14 +241,14 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.word_embeddings = nn.Module()
         self.word_embeddings.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
 
 class Decoder(nn.Module):
-    def __init__(self, config, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, dtype) for _ in range(config.num_hidden_layers))
         self.final_layernorm = Norm(config.hidden_size)
@@ -260,7 +259,7 @@ class Transformer(nn.Module):
     else), all else in `compute_dtype`."""
 
     def __init__(
-        self, config, compute_dtype: torch.dtype = torch.float32, product_dtype: torch.dtype | None = None
+        self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32, product_dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.config = config
@@ -287,9 +286,9 @@ class Transformer(nn.Module):
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [T] -> cos and sin, each [T, head_dim / 2]."""
-        dim = head_dim(self.config)
+        dim = self.config.head_dim
         steps = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device)
-        angles = positions.float()[:, None] * (1.0 / rope_theta(self.config) ** (steps / dim))
+        angles = positions.float()[:, None] * (1.0 / self.config.rope_theta ** (steps / dim))
         return angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
 
     def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
@@ -345,15 +344,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def rope_theta(config) -> float:
-    rope = getattr(config, "rope_parameters", None) or {}
-    return float(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
-
-
 def pick_dtypes(device: torch.device | str) -> tuple[torch.dtype, torch.dtype]:
     """(compute dtype, product dtype) for this device: bf16 where its units multiply bf16 faster, else fp32.
 
@@ -371,23 +361,6 @@ def pick_device() -> torch.device:
 
 
 # ---- Hugging Face folders ----------------------------------------------------------------------------------------
-
-
-def load_config(path: str | os.PathLike):
-    """The HF config of a folder; UsageError for families this host does not run."""
-    from transformers import AutoConfig
-
-    folder = check_hf_folder(path)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the file's values decide what transformers raises
-        raise UsageError(f"{path}: transformers cannot read its config.json ({one_line(error)})") from error
-    if config.model_type not in FAMILIES:
-        raise UsageError(f"{path}: model type {config.model_type!r} is not one of {', '.join(FAMILIES)}")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope != "default":
-        raise UsageError(f"{path}: rope type {rope!r} is not supported (only 'default')")
-    return config
 
 
 def load_model(
@@ -471,7 +444,7 @@ def read_parameter(weights: HfWeights, name: str, config) -> Tensor:
         return torch.cat([weights[f"{layer}mlp.{part}_proj.{kind}"] for part in ("gate", "up")])
     parts = [weights[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
     kv = config.num_key_value_heads
-    return torch.cat([p.view(kv, -1, head_dim(config), *p.shape[1:]) for p in parts], dim=1).flatten(0, 2)
+    return torch.cat([p.view(kv, -1, config.head_dim, *p.shape[1:]) for p in parts], dim=1).flatten(0, 2)
 
 
 def hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
@@ -493,7 +466,7 @@ def hf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
                 yield f"{layer}mlp.{part}_proj.{kind}", half.contiguous()
             continue
         group = config.num_attention_heads // config.num_key_value_heads
-        grouped = value.view(config.num_key_value_heads, group + 2, head_dim(config), *value.shape[1:])
+        grouped = value.view(config.num_key_value_heads, group + 2, config.head_dim, *value.shape[1:])
         for part, piece in zip("qkv", grouped.split([group, 1, 1], dim=1), strict=True):
             yield f"{layer}self_attn.{part}_proj.{kind}", piece.flatten(0, 2).contiguous()
 

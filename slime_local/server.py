@@ -190,11 +190,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from slime_local.data import load_tokenizer
-    from slime_local.hf_folder import check_hf_folder
+    from slime_local.hf_folder import load_config
 
     if args.context_length < 2 or args.max_running_requests < 1 or args.seed < 0:
         raise UsageError("--context-length must be 2 or more, --max-running-requests 1 or more, --seed 0 or more")
-    check_hf_folder(args.model_path)
+    load_config(args.model_path)
     bind(args.host, args.port).close()  # a busy port is told before the model loads
     with lasting():
         from slime_local.engine import Engine

@@ -2,11 +2,15 @@
 
 import json
 import random
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from slime_local.data import Dataset, RolloutDataSource, load_tokenizer, read_rows
 from slime_local.errors import UsageError
@@ -214,6 +218,19 @@ def test_sft_trains_what_the_assistant_wrote(tiny_model_dir):
     check_whole_dialogue(tokenizer)
     ids, _ = LossMasker(tokenizer, "qwen3").mask(DIALOGUE, TOOLS)
     assert ids == tokenizer.apply_chat_template(DIALOGUE, tools=TOOLS, tokenize=True, return_dict=False)
+
+
+def test_the_tokenizer_is_the_one_that_a_whole_config_gives(tiny_model_dir):
+    """And the model's code is not imported for it."""
+    ours, theirs = load_tokenizer(str(tiny_model_dir)), AutoTokenizer.from_pretrained(tiny_model_dir)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert (ours.chat_template, ours.special_tokens_map) == (theirs.chat_template, theirs.special_tokens_map)
+    for load in ("slime_local.data.load_tokenizer", "openai_tool_adapter.load_chat_template"):
+        module = load.rpartition(".")[0]
+        lines = f"import sys, {module}; {load}(sys.argv[1]); print('transformers.activations' in sys.modules)"
+        command = [sys.executable, "-c", lines, tiny_model_dir]
+        assert subprocess.check_output(command, text=True, cwd=ROOT).strip() == "False"
 
 
 def test_sft_trains_what_the_assistant_wrote_with_qwen3(qwen3_tokenizer):

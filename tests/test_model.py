@@ -1,17 +1,19 @@
 """The one-machine model against transformers, and its HF folders."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from slime_local import prefixes
 from slime_local.attention import attend_causal
 from slime_local.errors import UsageError
-from slime_local.hf_folder import check_hf_folder
+from slime_local.hf_folder import check_hf_folder, load_config
 from slime_local.kept_attention import KeptAttention
 from slime_local.model import load_model, save_hf
 from slime_local.prefixes import decode_plan, share_prefixes
@@ -156,11 +158,46 @@ def test_a_folder_that_is_no_model_is_named(folder, missing):
         check_hf_folder(folder)
 
 
-def test_other_families_are_refused(folder):
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "gpt2"}
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"model_type": "gpt2"}, 'model type "gpt2" is not one of llama, qwen2, qwen3'),
+        ({"model_type": None}, "model type null is not one of"),
+        ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported (only "silu")'),
+        ({"attention_bias": True}, "attention_bias true is not supported (only false)"),
+        ({"use_sliding_window": True}, "use_sliding_window true"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "only the type 'default'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "only the type 'default'"),
+        ({"hidden_size": "64"}, 'hidden_size "64": not a number above 0'),
+        ({"num_hidden_layers": None}, "num_hidden_layers null: not a number"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3: not a divisor of 4"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps NaN: not a number"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings 1: neither true nor false"),
+        ({"eos_token_id": [2, "x"]}, 'eos_token_id [2, "x"]: neither an id nor ids'),
+    ],
+)
+def test_a_config_of_something_else_is_refused(folder, said, told):
+    config = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 4} | said
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="gpt2"):
-        load_model(folder)
+    with pytest.raises(UsageError, match=re.escape(told)):
+        load_config(folder)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_config_is_read_as_transformers_reads_it(folder, old):
+    """Also in the form of older files, whose rope_theta stands by itself."""
+    if old:
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+        (folder / "config.json").write_text(json.dumps(config))
+    ours, theirs = load_config(folder), AutoConfig.from_pretrained(folder)
+    for name, value in dataclasses.asdict(ours).items():
+        if name == "rope_theta":
+            assert value == theirs.rope_parameters["rope_theta"]
+        elif name == "head_dim":
+            assert value == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+        else:
+            assert value == getattr(theirs, name), name
 
 
 def test_the_small_models_epsilon_is_the_one_of_its_model_args(smol_dir):
