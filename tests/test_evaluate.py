@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -317,6 +318,20 @@ def test_a_server_that_dies_shows_its_last_words(tmp_path, tiny_model_dir, unuse
     flags = ["--checkpoint", str(tiny_model_dir), "--output-path", str(tmp_path / "out.json")]
     assert main([*flags, "--sglang-port", str(unused_tcp_port)]) == 2
     assert "out of memory, sorry" in capsys.readouterr().err
+
+
+def test_no_thread_runs_while_a_server_is_forked(tmp_path, tiny_model_dir, unused_tcp_port, monkeypatch):
+    """One that was just importing loguru ended the evaluation with "release unlocked lock", once in many starts."""
+    before, counted = threading.active_count(), []
+
+    def refuse(*args, **options):
+        counted.append(threading.active_count())
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(model_server.subprocess, "Popen", refuse)
+    flags = ["--checkpoint", str(tiny_model_dir), "--output-path", str(tmp_path / "out.json")]
+    assert main([*flags, "--sglang-port", str(unused_tcp_port)]) != 0
+    assert counted == [before]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,14 +194,14 @@ def run(args: argparse.Namespace) -> int:
     choose_tasks(ids_of_split(args.domain, args.task_split), args.num_tasks)
     if not rows_path(args.output_path).exists():  # where there are rows, perhaps nothing is owed
         check_customer_key(config)
+    tasks_here = functools.cache(lambda: tasks_to_play(args))
+    if not is_telecom(args.domain):
+        tasks_here()  # they may be refused
     with contextlib.ExitStack() as stack:
-        loading = stack.enter_context(ThreadPoolExecutor()).submit(tasks_to_play, args)
-        if not is_telecom(args.domain):
-            loading.result()  # the tasks may be refused
         rows, agents = stack.enter_context(RowsFile(args.output_path, settings(args))), None
-        if not rows.done and not has_model(args.user):  # server and tau2 take seconds to start, one beside the other
-            agents = stack.enter_context(running_agents(args))
-        tasks = loading.result()
+        if not rows.done and not has_model(args.user):
+            agents = stack.enter_context(running_agents(args, tasks_here))
+        tasks = tasks_here()
         wanted = [(task, trial) for trial in range(args.num_trials) for task in tasks]
         owed = [(task, trial) for task, trial in wanted if (task.id, trial) not in rows.done]
         if owed:
@@ -328,17 +327,18 @@ class Agents:
 
 
 @contextlib.contextmanager
-def running_agents(args: argparse.Namespace) -> Iterator[Agents]:
-    """The agents, with the server that the checkpoint needs, or checked to answer."""
+def running_agents(args: argparse.Namespace, tasks_here: Callable[[], list] = list) -> Iterator[Agents]:
+    """The agents, with the server that the checkpoint needs, or checked to answer. What is needed here, the tasks
+    among it, loads while the server does."""
+
+    def load() -> ChatTemplate:
+        tasks_here()
+        return load_chat_template(args.checkpoint)
+
     if args.agent == CHECKPOINT:
-        with ThreadPoolExecutor() as pool:  # the server takes seconds to start
-            loading = pool.submit(load_chat_template, args.checkpoint)
-            with running_server(args) as server:
-                changed = functools.partial(
-                    weights_changed, server, args.checkpoint, fingerprint(Path(args.checkpoint))
-                )
-                make = token_agents(args, loading.result(), server)
-                yield Agents(make, server.alive, server.last_words, changed)
+        with running_server(args, load) as server:
+            changed = functools.partial(weights_changed, server, args.checkpoint, fingerprint(Path(args.checkpoint)))
+            yield Agents(token_agents(args, load(), server), server.alive, server.last_words, changed)
     elif args.agent == chat_agent.CHAT:
         make, preflight = chat_agent.make_chat_agents(args)
         preflight()

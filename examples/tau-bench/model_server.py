@@ -25,7 +25,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(args: Any) -> Iterator[Server]:
-    """The server that answers on the port, checked to serve this checkpoint, or one started for the block."""
+def running_server(args: Any, meanwhile: Callable[[], object] = lambda: None) -> Iterator[Server]:
+    """The server that answers on the port, checked to serve this checkpoint, or one started for the block.
+
+    meanwhile: called while a server starts. (In a thread it could be at an import when this process forks, which
+    loguru's locks do not survive.)"""
     address = args.server_address or f"127.0.0.1:{args.sglang_port}"
     if not re.fullmatch(r"[^/\s]+:\d+", address):
         raise BadInput(f"--server-address {address}: give HOST:PORT")
@@ -124,7 +127,7 @@ def running_server(args: Any) -> Iterator[Server]:
     elif args.server_address:
         raise BadInput(f"--server-address {address}: no server answers there")
     else:
-        with started_server(args, url) as server:
+        with started_server(args, url, meanwhile) as server:
             yield server
 
 
@@ -165,7 +168,7 @@ def check_serves(info: dict, url: str, checkpoint: str) -> dict:
 
 
 @contextlib.contextmanager
-def started_server(args: Any, url: str) -> Iterator[Server]:
+def started_server(args: Any, url: str, meanwhile: Callable[[], object]) -> Iterator[Server]:
     command, environment = server_command(args)
     log = Path(args.output_path).with_suffix(".server.log")
     print(f"starting {shlex.join(command[1:])}  (log: {log})", flush=True)
@@ -181,6 +184,7 @@ def started_server(args: Any, url: str) -> Iterator[Server]:
         )
     server = Server(url, {}, process, log)
     try:
+        meanwhile()
         wait_until_ready(server)
         server.model_info = check_serves(ask_model_info(url) or {}, url, args.checkpoint)
         yield server
