@@ -135,6 +135,7 @@ class Fuzzer:
     cases: st.SearchStrategy
     check: Callable[[Any], None]
     share: float  # of all cases
+    close: Callable[[], None] = lambda: None  # after the last case
 
 
 def one_line(call: Callable[[], Any], *refusals: type[Exception]) -> Any:
@@ -540,7 +541,12 @@ def requests_to_the_server(smol_dir, tmp_path) -> Fuzzer:
         assert status in (200, 400, 503) and engine.failure is None, (status, body)
         assert status != 200 or case[0] != "/generate" or json.loads(body)["meta_info"]["finish_reason"]
 
-    return Fuzzer(st.tuples(st.just("/generate"), bodies) | st.tuples(st.just("/abort_request"), bodies), check, 0.02)
+    return Fuzzer(
+        st.tuples(st.just("/generate"), bodies) | st.tuples(st.just("/abort_request"), bodies),
+        check,
+        0.02,
+        calls.close,
+    )
 
 
 def bytes_of_a_server(smol_dir, tmp_path) -> Fuzzer:
@@ -571,7 +577,7 @@ def bytes_of_a_server(smol_dir, tmp_path) -> Fuzzer:
         assert turn is None or turn.content or turn.tool_calls
 
     bodies = changed(ANSWER).map(json.dumps).map(str.encode) | damaged(json.dumps(ANSWER))
-    return Fuzzer(st.tuples(st.sampled_from([200, 200, 200, 400, 302, 204]), bodies), check, 0.02)
+    return Fuzzer(st.tuples(st.sampled_from([200, 200, 200, 400, 302, 204]), bodies), check, 0.02, calls.close)
 
 
 class Calls:
@@ -588,6 +594,12 @@ class Calls:
         self.session = ClientSession()
         host, port = self.runner.addresses[0][:2]
         return f"http://{host}:{port}"
+
+    def close(self) -> None:
+        self.run(generate_with_tau.close_session())
+        self.run(self.session.close())
+        self.run(self.runner.cleanup())
+        self.loop.close()
 
     def run(self, coroutine: Any) -> Any:
         return self.loop.run_until_complete(asyncio.wait_for(coroutine, 60))
@@ -709,7 +721,10 @@ def fuzz(fuzzer: Fuzzer, cases: int) -> int:
         count += 1
         fuzzer.check(case)
 
-    every()
+    try:
+        every()
+    finally:
+        fuzzer.close()
     return count
 
 
