@@ -121,7 +121,11 @@ run_arm() {
          without --use-rollout-logprobs 0
          grpo_arm tis "" --use-tis --tis-clip 2.0 --tis-clip-low 0
          ;;
-      kl) grpo_arm kl "" --use-kl-loss --kl-loss-coef 0.01 --kl-loss-type low_var_kl --ref-load "$SFT_DIR/hf" ;;
+      kl) # on all groups: those that are solved throughout have no advantage, and are what is forgotten
+         without --dynamic-sampling-filter-path 1
+         without --over-sampling-batch-size 1
+         grpo_arm kl "" --use-kl-loss --kl-loss-coef 0.1 --kl-loss-type low_var_kl --ref-load "$SFT_DIR/hf"
+         ;;
       penalty) grpo_arm penalty "tau2_customer_tool_penalty: 0.1" ;;
       mixed)
          MOOD=mixed CUSTOMER_ARGS=(--user-args '{"mood": "mixed"}')
