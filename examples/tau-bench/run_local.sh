@@ -5,6 +5,7 @@
 # tau2's telecom tasks -> teacher traces -> SFT -> GRPO with the shaped reward -> evaluation of the model as it was and of
 # both on the 40 test tasks, and of the last with ids drawn anew -> a table.
 # RFT_ROUNDS=2 puts RFT between them: SFT on the model's own episodes, those it solved and those that the teacher mended.
+# KL=0.1 holds GRPO to the model that it starts from; with SFT_ROLLOUTS=70 GRPO_ROLLOUTS=18 GRPO does the larger part.
 # Everything lands in $RUN_DIR; run it again after an interruption and it goes on where it was. For a run with other
 # settings (SEED=1 ...), choose another RUN_DIR.
 set -euo pipefail
@@ -25,6 +26,7 @@ else
    EVAL_TASKS=${EVAL_TASKS:-40} CONTEXT=${CONTEXT:-1664} # the teacher's longest dialogue has 1571 tokens
 fi
 RFT_ROUNDS=${RFT_ROUNDS:-0} # of RFT, between SFT and GRPO
+KL=${KL:-0} # coefficient of the KL term of GRPO
 MOOD=${MOOD:-plain} # of the customer in every stage: mixed, terse, ... (tau2_moods.py)
 DATA_DIR=$RUN_DIR/data
 MODEL_DIR=${MODEL_DIR:-runs/SmolLM2-135M-Instruct}
@@ -41,6 +43,7 @@ done
 for name in SEED RFT_ROUNDS; do
    [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || { echo "error: $name=${!name}: give a whole number" >&2 && exit 2; }
 done
+[[ $KL =~ ^[0-9]*\.?[0-9]+$ ]] || { echo "error: KL=$KL: give a number" >&2 && exit 2; }
 STAGES=(base sft grpo) LAST_DIR=$SFT_DIR LOGS=("$SFT_DIR/metrics.jsonl")
 [ "$RFT_ROUNDS" = 0 ] || STAGES=(base sft rft grpo)
 
@@ -95,14 +98,19 @@ RFT_ARGS=( # and what each round starts from, reads and writes
    --lr 5e-4
 )
 
+# A group that is solved throughout has no advantage: others in place of it, or all groups and KL, which keeps what it shows.
+GROUP_ARGS=(
+   --over-sampling-batch-size "$((GRPO_BATCH * 2))"
+   --dynamic-sampling-filter-path tau2_reward_shaping.check_shaped_reward_spread_with_fallback
+)
+[[ $KL =~ ^[0.]*$ ]] || GROUP_ARGS=(--use-kl-loss --kl-loss-coef "$KL" --kl-loss-type low_var_kl)
 GRPO_ARGS=(
    --prompt-data "$DATA_DIR/telecom_train_mix_tasks.jsonl" # kinds of tasks in turns, so no --rollout-shuffle
    --input-key index
    --rollout-seed "$SEED"
    --num-rollout "$GRPO_ROLLOUTS"
    --rollout-batch-size "$GRPO_BATCH"
-   --over-sampling-batch-size "$((GRPO_BATCH * 2))" # in place of groups that are solved throughout
-   --dynamic-sampling-filter-path tau2_reward_shaping.check_shaped_reward_spread_with_fallback
+   "${GROUP_ARGS[@]}"
    --n-samples-per-prompt 4
    --global-batch-size "$((GRPO_BATCH * 4))" # one optimizer step a rollout: each sees every kind of task
    --sglang-max-running-requests 24 # half of a rollout at a time, for the memory of keys and values
@@ -236,7 +244,8 @@ fi
 
 say "3. GRPO with the shaped reward"
 [ "$MOOD" = plain ] || settings "$SETTINGS"
-timed grpo "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${GRPO_ARGS[@]}" --hf-checkpoint "$LAST_DIR/hf"
+timed grpo "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${GRPO_ARGS[@]}" --hf-checkpoint "$LAST_DIR/hf" \
+   --ref-load "$LAST_DIR/hf"
 evaluate grpo "$GRPO_DIR/hf"
 evaluate redrawn "$GRPO_DIR/hf" --redraw-ids
 
