@@ -36,8 +36,12 @@ class ModelConfig:
 
 def load_config(path: str | Path) -> ModelConfig:
     """The config of an HF folder. Raises UsageError for a folder that is none, and for what this host does not run."""
-    folder = check_hf_folder(path)
-    said = {name: value for name, value in read_json_object(folder / "config.json").items() if value is not None}
+    return parse_config(read_json_object(check_hf_folder(path) / "config.json"), path)
+
+
+def parse_config(said: dict[str, Any], path: str | Path) -> ModelConfig:
+    """As `load_config`, from what the config.json of `path` says."""
+    said = {name: value for name, value in said.items() if value is not None}
     if said.get("model_type") not in FAMILIES:
         raise UsageError(f"{path}: model type {_shown(said.get('model_type'))} is not one of {', '.join(FAMILIES)}")
     for name, value in WITHOUT.items():

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from slime_local import kernels
 from slime_local.compiled_decoder import CompiledDecoder, fits
 from slime_local.engine import KV_PANEL
+from slime_local.hf_folder import FAMILIES, parse_config
 from slime_local.kept_attention import KeptAttention
 from slime_local.model import Linear, Transformer
 from slime_local.prefixes import decode_plan
@@ -140,14 +140,10 @@ def test_the_gradient_of_attention_has_the_same_bits_in_every_run(threads):
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-
-
 def random_model(family: str, group: int, dim: int, products: torch.dtype | None = None) -> Transformer:
     shape = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "vocab_size": 50, "head_dim": dim}
     shape |= {"num_attention_heads": 2 * group, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    config = CONFIGS[family](**shape, max_position_embeddings=4096)
-    config.head_dim = dim
+    config = parse_config({"model_type": family, "max_position_embeddings": 4096, **shape}, "a random model")
     model = Transformer(config, product_dtype=products).requires_grad_(False)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
@@ -213,7 +209,7 @@ def torchs_order(kv):
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=8).map(sorted)
 APPENDS = st.lists(st.tuples(st.integers(0, 40), st.integers(2, 40)), max_size=3)
 ANY_STEP = {"sequences": SEQUENCES, "appends": APPENDS, "spared": st.sampled_from([1, 3, 100])}
-ANY_STEP |= {"family": st.sampled_from(list(CONFIGS))}
+ANY_STEP |= {"family": st.sampled_from(FAMILIES)}
 
 
 @needs_compiler
