@@ -79,6 +79,11 @@ without() { # without FLAG VALUES: GRPO_ARGS less a flag and its values
    GRPO_ARGS=("${kept[@]}")
 }
 
+all_groups() { # GRPO trains on what it draws, with a spread of rewards or without
+   without --dynamic-sampling-filter-path 1
+   without --over-sampling-batch-size 1
+}
+
 run_arm() {
    case $1 in
       sft) sample sft eval.json ;;
@@ -103,8 +108,7 @@ run_arm() {
          ;;
       shuffled) grpo_arm shuffled "" --prompt-data "$DATA_DIR/telecom_train_tasks.jsonl" --rollout-shuffle ;;
       unfiltered)
-         without --dynamic-sampling-filter-path 1
-         without --over-sampling-batch-size 1
+         all_groups
          grpo_arm unfiltered ""
          ;;
       curriculum)
@@ -122,8 +126,7 @@ run_arm() {
          grpo_arm tis "" --use-tis --tis-clip 2.0 --tis-clip-low 0
          ;;
       kl) # on all groups: those that are solved throughout have no advantage, and are what is forgotten
-         without --dynamic-sampling-filter-path 1
-         without --over-sampling-batch-size 1
+         all_groups
          grpo_arm kl "" --use-kl-loss --kl-loss-coef 0.1 --kl-loss-type low_var_kl --ref-load "$SFT_DIR/hf"
          ;;
       penalty) grpo_arm penalty "tau2_customer_tool_penalty: 0.1" ;;

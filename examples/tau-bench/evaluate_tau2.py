@@ -208,7 +208,7 @@ def run(args: argparse.Namespace) -> int:
             if len(owed) < len(wanted):
                 print(f"continuing: {len(wanted) - len(owed)} of {len(wanted)} episodes are there", flush=True)
             check_customer(config)
-            agents = agents or stack.enter_context(running_agents(args))
+            agents = agents or stack.enter_context(running_agents(args, tasks_here))
             if failures := run_owed(args, config, owed, agents, rows):
                 return report_incomplete(args, failures)
         results = [rows.done[task.id, trial] for task, trial in wanted]
@@ -327,7 +327,7 @@ class Agents:
 
 
 @contextlib.contextmanager
-def running_agents(args: argparse.Namespace, tasks_here: Callable[[], list] = list) -> Iterator[Agents]:
+def running_agents(args: argparse.Namespace, tasks_here: Callable[[], list]) -> Iterator[Agents]:
     """The agents, with the server that the checkpoint needs, or checked to answer. What is needed here, the tasks
     among it, loads while the server does."""
 
