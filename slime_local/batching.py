@@ -30,6 +30,9 @@ class TrainSample:
     entropy: Tensor | None = None  # with --use-rollout-entropy, where `log_probs` are computed
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    lower: Tensor | None = (
+        None  # [prompt + response, H] after the frozen layers, where several passes go on from there
+    )
 
     @property
     def has_loss(self) -> bool:

@@ -31,7 +31,8 @@ def response_log_probs(
     """
     rows, targets, places = _loss_positions(samples)
     tokens = torch.cat([sample.tokens for sample in samples])
-    hidden = model(tokens, [len(sample.tokens) for sample in samples])[rows]
+    lower = None if samples[0].lower is None else torch.cat([sample.lower for sample in samples])
+    hidden = model(tokens, [len(sample.tokens) for sample in samples], lower)[rows]
     size = args.log_probs_chunk_size
     if size <= 0:
         size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from slime_local import kernels
 from slime_local.attention import attend_paths
 from slime_local.errors import UsageError, one_line
 from slime_local.hf_folder import ModelConfig, load_config, read_safetensors_header, weight_files
-from slime_local.prefixes import share_prefixes
+from slime_local.prefixes import SharedPrefixes, share_prefixes
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -291,20 +291,41 @@ class Transformer(nn.Module):
         angles = positions.float()[:, None] * (1.0 / self.config.rope_theta ** (steps / dim))
         return angles.cos().to(self.compute_dtype), angles.sin().to(self.compute_dtype)
 
-    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: list[int], lower: Tensor | None = None) -> Tensor:
         """Packed token ids [T] of sequences of `lengths` (sum T) -> final-norm hidden states [T, H].
 
-        Prefixes that sequences share are computed once: dialogues share the system prompt, the samples of a group
-        their first turns. The result is that of separate forward passes, gradients included.
+        `lower` [T, H]: what `run_frozen` has made of the same tokens; the layers above go on from it. Prefixes that
+        sequences share are computed once: dialogues share the system prompt, the samples of a group their first
+        turns. The result is that of separate forward passes, gradients included.
         """
         shared = share_prefixes(tokens, lengths)
+        if lower is None:
+            x = self._run(self.decoder.layers, self.embed(shared.tokens), shared)
+        else:
+            x = self._run(self.decoder.layers[self.frozen_layers :], shared.drop_copies(lower), shared)
+        return shared.restore(self.final_norm(x))
+
+    @torch.no_grad()
+    def run_frozen(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """Packed token ids [T] -> the residual stream [T, H] after the frozen layers, which do not learn."""
+        shared = share_prefixes(tokens, lengths)
+        return shared.restore(self._run(self.decoder.layers[: self.frozen_layers], self.embed(shared.tokens), shared))
+
+    @property
+    def frozen_layers(self) -> int:
+        """How many layers, from the first on, have no trained parameter in or below them."""
+        if self.embedding.word_embeddings.weight.requires_grad:
+            return 0
+        trained = (any(p.requires_grad for p in layer.parameters()) for layer in self.decoder.layers)
+        return next((i for i, found in enumerate(trained) if found), len(self.decoder.layers))
+
+    def _run(self, layers: Iterable[Layer], x: Tensor, shared: SharedPrefixes) -> Tensor:
+        """The residual stream [U, H] after `layers`."""
         cos, sin = self.rope(shared.positions)
-        x = self.embed(shared.tokens)
-        for layer in self.decoder.layers:
+        for layer in layers:
             q, k, v = layer.self_attention.qkv(x, cos, sin)
             x = layer.finish(x, attend_paths(q, k, v, shared.paths, self.product_dtype))
-        x = self.final_norm(x)
-        return x if shared.gather is None else x[shared.gather]
+        return x
 
     def final_norm(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.decoder.final_layernorm.weight, self.config.rms_norm_eps)

@@ -27,6 +27,18 @@ class SharedPrefixes:
     paths: list[list[slice]]
     gather: Tensor | None
 
+    def restore(self, x: Tensor) -> Tensor:
+        """Rows of the unique tokens [U, ...] -> rows of the packed ones [T, ...]."""
+        return x if self.gather is None else x[self.gather]
+
+    def drop_copies(self, x: Tensor) -> Tensor:
+        """Rows of the packed tokens [T, ...], alike where prefixes are -> those of the unique ones [U, ...]."""
+        if self.gather is None:
+            return x
+        kept = self.gather.new_empty(len(self.tokens))
+        kept[self.gather] = torch.arange(len(self.gather), device=kept.device)
+        return x[kept]
+
 
 def share_prefixes(tokens: Tensor, lengths: list[int]) -> SharedPrefixes:
     """The prefix tree of packed sequences: tokens [T], `lengths` with sum T."""

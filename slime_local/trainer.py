@@ -94,11 +94,16 @@ class Trainer:
         """Fill in what policy_loss reads beside the model; returns the rollout's means of it."""
         self._check_engine_log_probs(samples)
         metrics: dict[str, float] = {}
+        needs_old = self._needs_old_log_probs(num_steps)
         if self.needs_reference:
             self._load_reference()
+        if (self.needs_reference or needs_old) and self._shares_frozen_layers():
+            with _timed(metrics, "perf/frozen_layers_time"):
+                self._run_frozen_layers(samples)
+        if self.needs_reference:
             with _timed(metrics, "perf/ref_log_probs_time"), self._reference_weights():
                 self._record_log_probs(samples, "ref_log_probs")
-        if self._needs_old_log_probs(num_steps):
+        if needs_old:
             with _timed(metrics, "perf/log_probs_time"):
                 self._record_log_probs(samples, "log_probs", "value" if self.args.use_rollout_entropy else "no")
         compute_advantages(self.args, samples)
@@ -120,6 +125,18 @@ class Trainer:
             return True
         on_policy = num_steps == 1 and args.kl_coef == 0 and args.advantage_estimator != "gspo"
         return not args.use_rollout_logprobs and not on_policy
+
+    def _shares_frozen_layers(self) -> bool:
+        """Whether there are layers that the policy, before and after its steps, and the reference have in common."""
+        own = (self.reference or {}).keys() <= self.trainable.keys()
+        return own and self.model.frozen_layers > 0
+
+    def _run_frozen_layers(self, samples: list[TrainSample]) -> None:
+        for batch in micro_batches(samples, self.args, self.args.log_probs_max_tokens_per_gpu):
+            lengths = [len(sample.tokens) for sample in batch]
+            lower = self.model.run_frozen(torch.cat([sample.tokens for sample in batch]), lengths)
+            for sample, part in zip(batch, lower.split(lengths), strict=True):
+                sample.lower = part
 
     @torch.no_grad()
     def _record_log_probs(self, samples: list[TrainSample], attribute: str, entropy: str = "no") -> None:

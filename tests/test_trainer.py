@@ -280,6 +280,47 @@ def test_reference_of_another_folder_is_that_folders_model(folder, other_folder)
     assert metrics["rollout/ref_log_probs"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_kl_loss": True, "kl_loss_coef": 0.1},
+        {"kl_coef": 0.1, "advantage_estimator": "reinforce_plus_plus_baseline", "global_batch_size": 2},
+        {"global_batch_size": 2, "use_dynamic_batch_size": True, "max_tokens_per_gpu": 16},
+        {"use_kl_loss": True, "kl_loss_coef": 0.1, "log_probs_max_tokens_per_gpu": 99, "use_dynamic_batch_size": True},
+    ],
+)
+def test_frozen_layers_are_run_once_a_rollout(folder, monkeypatch, changes):
+    """And the steps are those of a trainer that runs them in every pass, prefixes in common or not."""
+    changes = {"max_tokens_per_gpu": 32, "ref_load": str(folder), "lr_decay_style": "constant", **changes}
+    data = make_rollout()
+    data["tokens"] = [[3, 1, 4, *tokens] for tokens in data["tokens"]]
+    after, runs = [], []
+    for shares in (True, False):
+        trainer = new_trainer(folder, freeze_params_name_list=[r"layers\.0\.", "embedding"], **changes)
+        if not shares:
+            monkeypatch.setattr(trainer, "_shares_frozen_layers", lambda: False)
+        frozen = trainer.model.decoder.layers[0]
+        seen, qkv = [], frozen.self_attention.qkv
+        monkeypatch.setattr(
+            frozen.self_attention, "qkv", lambda x, *rest, s=seen, f=qkv: (s.append(len(x)), f(x, *rest))[1]
+        )
+        for rollout_id in range(2):
+            trainer.train(rollout_id, data)
+        after.append(weights(trainer))
+        runs.append(sum(seen))
+    assert_same(after[1], after[0], atol=1e-6, rtol=1e-5)
+    assert runs[0] <= runs[1] / 2
+
+
+def test_layers_that_the_reference_has_otherwise_are_not_shared(folder, other_folder):
+    frozen = {"freeze_params_name_list": [r"layers\.0\.", "embedding"]}
+    trainer = new_trainer(folder, use_kl_loss=True, ref_load=str(other_folder), lr=0.0, **frozen)
+    metrics = trainer.train(0, make_rollout())
+    expected = new_trainer(other_folder, global_batch_size=2).train(0, make_rollout())["rollout/log_probs"]
+    assert "perf/frozen_layers_time" not in metrics
+    assert metrics["rollout/ref_log_probs"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_reference_is_asked_for(folder, tmp_path):
     with pytest.raises(UsageError, match="need --ref-load"):
         new_trainer(folder, use_kl_loss=True)
