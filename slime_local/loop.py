@@ -4,6 +4,7 @@ Trainer and engine share one model in memory. SFT (--debug-train-only, or the SF
 """
 
 import contextlib
+import ctypes
 import random
 import resource
 import sys
@@ -278,6 +279,7 @@ def _save(run: Run, rollout_id: int) -> None:
     if not has_state and hasattr(run.data_source, "save"):
         run.data_source.save(rollout_id)
     print(f"saved {', '.join([str(folder), *saved])}", flush=True)
+    give_memory_back()
 
 
 def _evaluate(run: Run, rollout_id: int) -> None:
@@ -352,6 +354,13 @@ def _print_summary(run: Run, first: int) -> None:
     if run.trainer is not None and run.trainer.skipped_steps:
         text += f", {run.trainer.skipped_steps} optimizer steps skipped"
     print(text, flush=True)
+
+
+def give_memory_back() -> None:
+    """Return what was freed to the system. run_local.sh has glibc keep it, in pieces that the next rollout does not
+    fit into: a run of 18 grew to 7.3 GB. Not after each: the new pages are smaller, and training 5 % slower."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
 
 
 def peak_memory_gb() -> float:
