@@ -1,7 +1,7 @@
 """From the rollout's train data to optimizer steps and micro-batches.
 
 slime's rules: the rollouts are taken in order, `global_batch_size` of them a step (a rollout may have several samples,
-which stay together), a remainder is left out; the samples of a step are packed into micro-batches.
+which stay together), a remainder is left out. The samples of a step are packed into micro-batches by what they share.
 """
 
 from argparse import Namespace
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slime_local.errors import UsageError
+from slime_local.prefixes import common_prefix
 
 
 @dataclass(eq=False)
@@ -110,27 +111,28 @@ def micro_batches(
 ) -> list[list[TrainSample]]:
     """Samples of one step, grouped by forward pass; samples without loss are left out (they change nothing).
 
-    With --use-dynamic-batch-size at most `max_tokens` (by default --max-tokens-per-gpu) go together and a longer
-    sample goes alone, else --micro-batch-size samples.
+    With --use-dynamic-batch-size at most `max_tokens` (by default --max-tokens-per-gpu) are computed together and a
+    longer sample goes alone, else --micro-batch-size samples.
     """
     samples = [sample for sample in samples if sample.has_loss]
     if args.use_dynamic_batch_size:
-        return first_fit(samples, max_tokens or args.max_tokens_per_gpu)
+        return pack(samples, max_tokens or args.max_tokens_per_gpu)
     size = args.micro_batch_size
     return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 
-def first_fit(samples: list[TrainSample], max_tokens: int) -> list[list[TrainSample]]:
-    """Each sample goes into the first bin that has room for it, else opens a new one."""
+def pack(samples: list[TrainSample], max_tokens: int) -> list[list[TrainSample]]:
+    """Groups of samples with at most `max_tokens` tokens, where a prefix that several of a group share counts once: it
+    is computed once. Sorted, samples stand next to those that they share most with."""
+    by_tokens = sorted(((sample.tokens.tolist(), sample) for sample in samples), key=lambda pair: pair[0])
     bins: list[list[TrainSample]] = []
-    room: list[int] = []
-    for sample in samples:
-        size = len(sample.tokens)
-        place = next((i for i, free in enumerate(room) if size <= free), None)
-        if place is None:
-            bins.append([sample])
-            room.append(max_tokens - size)
-        else:
-            bins[place].append(sample)
-            room[place] -= size
+    room, last = 0, []
+    for tokens, sample in by_tokens:
+        own = len(tokens) - common_prefix(last, tokens)
+        if not bins or own > room:
+            bins.append([])
+            room, own = max_tokens, len(tokens)
+        bins[-1].append(sample)
+        room -= own
+        last = tokens
     return bins

@@ -137,7 +137,7 @@ HONOURED = {
     "--num-steps-per-rollout": "optimizer steps in a rollout, in place of --global-batch-size",
     "--micro-batch-size": "samples in a forward pass",
     "--use-dynamic-batch-size": "fill forward passes up to --max-tokens-per-gpu",
-    "--max-tokens-per-gpu": "tokens in a forward pass",
+    "--max-tokens-per-gpu": "tokens in a forward pass; prefixes that its samples share count once",
     "--log-probs-max-tokens-per-gpu": "the same where only log-probs are computed",
     "--loss-type": "policy_loss or sft_loss",
     "--advantage-estimator": "all but ppo",

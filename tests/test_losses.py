@@ -11,9 +11,10 @@ from training_setup import make_args, make_rollout, save_tiny_model, tiny_model
 from transformers import AutoModelForCausalLM
 
 from slime_local.advantages import approx_kl, compute_advantages
-from slime_local.batching import first_fit, train_samples
+from slime_local.batching import TrainSample, pack, train_samples
 from slime_local.errors import UsageError
 from slime_local.losses import normaliser, policy_loss, response_log_probs, sft_loss
+from slime_local.prefixes import share_prefixes
 from slime_local.schedule import Schedule
 
 
@@ -225,13 +226,29 @@ def test_normalised_advantages_have_mean_0_and_variance_1_over_the_loss(folder):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 60))
-def test_packing_keeps_every_sample_once_and_under_the_limit(sizes, limit):
-    data = {"tokens": [[0] * size for size in sizes], "response_lengths": [0] * len(sizes)}
-    samples = train_samples(data | {"loss_masks": [[] for _ in sizes]})
-    bins = first_fit(samples, limit)
-    assert sorted(id(s) for group in bins for s in group) == sorted(id(s) for s in samples)
-    assert all(len(group) == 1 or sum(len(s.tokens) for s in group) <= limit for group in bins)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=20), st.integers(1, 60))
+def test_packing_keeps_every_sample_once_and_under_the_limit(sequences, limit):
+    """Of tokens that are computed: a prefix that samples share counts once."""
+    bins = pack(unmasked(sequences), limit)
+    assert sorted(s.tokens.tolist() for group in bins for s in group) == sorted(sequences)
+    assert all(len(group) == 1 or computed_tokens(group) <= limit for group in bins)
+
+
+def test_packing_puts_together_what_shares_a_prefix():
+    groups = [[[kind] * 20 + [sample] * 5 for sample in range(4)] for kind in (1, 2, 3)]
+    in_turns = [sequence for turn in zip(*groups, strict=True) for sequence in turn]
+    bins = pack(unmasked(in_turns), 40)
+    assert [[s.tokens.tolist() for s in group] for group in bins] == groups
+    assert len(pack(unmasked(in_turns), 39)) == 6
+
+
+def unmasked(sequences: list[list[int]]) -> list[TrainSample]:
+    empty = {"response_lengths": [0] * len(sequences), "loss_masks": [[] for _ in sequences]}
+    return train_samples({"tokens": sequences, **empty})
+
+
+def computed_tokens(samples: list[TrainSample]) -> int:
+    return len(share_prefixes(torch.cat([s.tokens for s in samples]), [len(s.tokens) for s in samples]).tokens)
 
 
 def test_wrong_lengths_are_named():

@@ -291,7 +291,7 @@ def test_reference_of_another_folder_is_that_folders_model(folder, other_folder)
 )
 def test_frozen_layers_are_run_once_a_rollout(folder, monkeypatch, changes):
     """And the steps are those of a trainer that runs them in every pass, prefixes in common or not."""
-    changes = {"max_tokens_per_gpu": 32, "ref_load": str(folder), "lr_decay_style": "constant", **changes}
+    changes = {"max_tokens_per_gpu": 32, "ref_load": str(folder), "adam_eps": 1e-3, **changes}
     data = make_rollout()
     data["tokens"] = [[3, 1, 4, *tokens] for tokens in data["tokens"]]
     after, runs = [], []

@@ -61,7 +61,7 @@ source scripts/models/smollm2-135M-Instruct.sh
 TRAIN_ARGS=(
    --only-train-params-name-list 'decoder\.layers\.2[0-9]\.' 'decoder\.final_layernorm'
    --use-dynamic-batch-size
-   --max-tokens-per-gpu 4096 # what a micro-batch keeps for its backward pass: 0.4 MB a token
+   --max-tokens-per-gpu 4096 # a micro-batch keeps 0.4 MB a token for its backward pass; shared prefixes count once
    --optimizer adam
    --weight-decay 0.01
    --clip-grad 1.0
@@ -116,6 +116,7 @@ GRPO_ARGS=(
    --sglang-max-running-requests 24 # half of a rollout at a time, for the memory of keys and values
    --rollout-max-response-len 4096
    --rollout-max-context-len "$CONTEXT"
+   --log-probs-max-tokens-per-gpu 8192 # nothing is kept for a backward pass there
    --rollout-temperature 0.7 # at 1.0 a third of a 135M model's episodes lose their thread
    --custom-generate-function-path generate_with_tau.generate
    --custom-reward-post-process-path tau2_reward_shaping.tau2_reward_post_process
