@@ -71,6 +71,12 @@ def test_scripted_agents_on_the_40_test_tasks(run_script, tmp_path, agent, succe
         assert shown in done.stdout
 
 
+def test_a_prompt_without_room_for_a_turn_is_told_and_not_scored_0(evaluate, model, capsys):
+    code, result = evaluate("--num-tasks", "2", "--max-context-len", "100")
+    assert (code, result, model.requests) == (2, None, [])
+    assert "no room for a turn" in (told := capsys.readouterr().err) and "a larger --max-context-len" in told
+
+
 def test_a_checkpoint_that_says_what_the_teacher_says(evaluate, model, capsys):
     code, result = evaluate("--num-tasks", "8")
     assert code == 0 and result["pass_at_1"] == 1.0 and result["total_tasks"] == 8

@@ -318,6 +318,14 @@ def test_the_filter_keeps_what_the_trained_reward_tells_apart(group, keep, reaso
     assert keep == any(value != 0 for value in advantages)
 
 
+def test_the_filter_asks_for_no_others_where_the_input_is_wrong():
+    """A rollout that draws another group for each would never end; of a whole batch of them the run is told."""
+    group = [sample(status="ABORTED", removed=True, bad_input="no room for a turn") for _ in range(4)]
+    assert check_shaped_reward_spread(SimpleNamespace(), group).keep
+    with pytest.raises(RuntimeError, match="no room for a turn"):
+        tau2_reward_post_process(SimpleNamespace(), group)
+
+
 def test_without_partial_credit_the_filter_sees_the_binary_reward():
     assert not check_shaped_reward_spread(SimpleNamespace(tau2_partial_alpha=0), FAILED_BUT_PARTLY).keep
 

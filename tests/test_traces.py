@@ -6,7 +6,9 @@ import json
 from collections import Counter
 
 import pytest
+from fake_openai import FakeAgent, _tool_call, serving_openai
 
+import http_client
 import tau2_mock
 import teacher_traces
 from tau2_episode import EpisodeConfig, agent_tools, load_split_ids, run_episode, system_prompt
@@ -190,6 +192,66 @@ def hub_row(*messages, task_id=None, domain="telecom"):
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+# ---- A model as teacher ------------------------------------------------------------------------------------------
+
+
+class CarelessAgent(FakeAgent):
+    """The scripted teacher, whose first turn after the report is `slip`, at which it looks again."""
+
+    def __init__(self, slip):
+        super().__init__()
+        self.slip = slip
+
+    async def _says(self, body):
+        messages = body["messages"]
+        if messages[0]["role"] != "system":
+            return await super()._says(body)
+        if len(messages) == 3:
+            return {"content": None, "tool_calls": [_tool_call("slip", *self.slip)]}
+        return await super()._says({**body, "messages": [*messages[:3], *messages[5:]]})
+
+
+@pytest.mark.parametrize(
+    ("slip", "dropped"),
+    [
+        (("get_customer_by_phone", '{"phone_number": "1"}'), None),
+        (("toggle_airplane_mode", "{}"), "call of a tool of the customer"),
+        (("get_customer_by_phone", '{"phone_number": '), "call that cannot be executed"),
+    ],
+    ids=["refused", "of the customer", "broken"],
+)
+def test_a_models_mistakes_are_not_trained(data, tmp_path, capsys, slip, dropped):
+    flags = ["--local_dir", str(data), "--output", str(tmp_path / "t.jsonl"), "--prompt", "short", "--num-traces", "2"]
+    with serving_openai(CarelessAgent(slip)) as url:
+        code = teacher_traces.main([*flags, "--teacher-llm", "m", "--teacher-base-url", url])
+    if dropped:
+        assert code == 2 and f"dropped: 2 {dropped}" in capsys.readouterr().err
+        return
+    assert code == 0
+    for row in map(json.loads, (tmp_path / "t.jsonl").read_text().splitlines()):
+        turns = [m for m in row["prompt"][2:] if m["role"] == "assistant"]
+        assert [turn.get("step_loss_mask") for turn in turns] == [0, *[None] * (len(turns) - 1)]
+        assert turns[0]["tool_calls"][0]["function"]["arguments"] == {"phone_number": "1"}
+
+
+def test_what_the_machinery_broke_is_run_again_by_the_same_command(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(http_client, "FIRST_WAIT", 0.01)
+    output, provider = tmp_path / "t.jsonl", FakeAgent()
+    provider.behave = lambda number, body: None if number < 16 else 503
+    flags = ["--local_dir", str(data), "--output", str(output), "--prompt", "short", "--num-traces", "4"]
+    with serving_openai(provider) as url:
+        flags += ["--teacher-llm", "m", "--teacher-base-url", url, "--max-concurrency", "1"]
+        assert teacher_traces.main(flags) == 1
+        assert "incomplete: 2 episodes broke off; the same command" in capsys.readouterr().err
+        assert len(output.read_text().splitlines()) == 2
+        provider.behave = lambda number, body: None
+        asked = len(provider.requests)
+        assert teacher_traces.main(flags) == 0
+    assert len(output.read_text().splitlines()) == 4 and not (tmp_path / "t.jsonl.partial").exists()
+    first_turns = [r for r in provider.requests[asked:] if len(r["messages"]) == 3]
+    assert len(first_turns) == 2
 
 
 def test_hub_file_by_command(run_script, data, tmp_path):

@@ -201,6 +201,12 @@ class TokenAgent:
         """Of the sampled ids, 0.0 on the template's; as long as response_ids."""
         return [value for turn in self.turns for value in (*[0.0] * len(turn.before), *turn.log_probs)]
 
+    def no_room(self) -> str | None:
+        """Of an episode that has ended: what was wrong when the prompt left no room for a single turn."""
+        if self.turns or not self.prompt_ids:
+            return None
+        return f"the prompt has {len(self.prompt_ids)} tokens, no room for a turn within {self.limits}"
+
     def usage(self) -> dict[str, int]:
         """Tokens over all calls: read (`prompt`), of those found in the engine's cache, and generated."""
         keys = {"prompt": "prompt_tokens", "cached": "cached_tokens", "generated": "completion_tokens"}
@@ -508,7 +514,8 @@ def _finish(args: Any, sample: Any, agent: TokenAgent, episode: Episode) -> Any:
     if episode.end_reason.is_infrastructure:
         return _remove(sample, record)
     if not agent.turns:
-        problem = f"the prompt has {len(agent.prompt_ids)} tokens, no room for a turn within {agent.limits}"
+        problem = agent.no_room() or "the customer ended it before the agent's first turn"
+        logger.error("sample %s: %s", sample.index, problem)
         return _remove(sample, {**record, "bad_input": problem})
     _clear(sample)
     sample.tokens = list(agent.prompt_ids)

@@ -192,16 +192,21 @@ def _bad_example(episode: Recorded, has_template: bool) -> str | None:
     record, turns = episode.record, agent_turns(episode.messages)
     if not turns:
         return "no agent turn"
-    if record.get("customer_tool_calls"):
-        return "call of a tool of the customer"
-    names = {call["function"]["name"] for turn in turns for call in turn.get("tool_calls") or []}
-    if names & {INVALID_CALL, INVALID_TOOL_CALL}:
-        return "call that cannot be executed"
+    if problem := bad_calls(turns, record.get("customer_tool_calls", 0)):
+        return problem
     if record.get("asides") and not (has_template and episode.sampled is not None):
         return "text beside a call"
     if episode.sampled is not None and len(episode.sampled) != len(turns):
         return "tokens and messages differ"
     return None
+
+
+def bad_calls(turns: list[dict], customer_tool_calls: int) -> str | None:
+    """Why an episode with such calls in its agent's turns is no example."""
+    if customer_tool_calls:
+        return "call of a tool of the customer"
+    names = {call["function"]["name"] for turn in turns for call in turn.get("tool_calls") or []}
+    return "call that cannot be executed" if names & {INVALID_CALL, INVALID_TOOL_CALL} else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +241,7 @@ def _mark_untrained(
 ) -> Counter[str]:
     """Sets "step_loss_mask": 0 on the turns that are not to be trained; how many there are of each kind."""
     kinds: Counter[str] = Counter()
-    refused = _refused(messages)
+    refused = refused_turns(messages)
     for number, turn in enumerate(agent_turns(messages)):
         differs = template is not None and rendered_ids(template, turn) != sampled[number]
         kind = "other_ids" if differs else "refused" if id(turn) in refused else "trained"
@@ -246,7 +251,7 @@ def _mark_untrained(
     return kinds
 
 
-def _refused(messages: list[dict]) -> set[int]:
+def refused_turns(messages: list[dict]) -> set[int]:
     """id() of each turn one of whose calls got an error from its tool."""
     turns, last = set(), None
     for message in messages:

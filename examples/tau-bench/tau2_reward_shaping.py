@@ -167,9 +167,14 @@ def _number(reward: Any) -> float:
 
 
 def _refuse_hopeless(samples: Sequence[Any]) -> None:
+    if mistake := _hopeless(samples):
+        raise RuntimeError(f"no episode could run: {mistake}")
+
+
+def _hopeless(samples: Sequence[Any]) -> str | None:
+    """What is wrong with the input when none of the samples could run for it."""
     mistakes = [_record(sample).get("bad_input") for sample in samples]
-    if samples and all(mistakes):
-        raise RuntimeError(f"no episode could run: {mistakes[0]}")
+    return mistakes[0] if samples and all(mistakes) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +184,11 @@ def _refuse_hopeless(samples: Sequence[Any]) -> None:
 def check_shaped_reward_spread(args: Any, samples: Sequence[Any], **_: Any) -> Any:
     """Keep a group in which the trained rewards of two episodes differ; what holds no episode is left out.
 
+    A group that its input kept from running is kept too: with others in its place a wrong setting would have groups
+    drawn for ever, and a batch of nothing else is refused (tau2_reward_post_process).
     A slime DynamicFilterOutput under slime, elsewhere an object with the same fields."""
+    if _hopeless(samples):
+        return _filter_output(True, None)
     kind = group_kind(args, samples)
     return _filter_output(kind.has_gradient, None if kind.has_gradient else f"no_spread_{kind.outcome}")
 

@@ -50,6 +50,7 @@ from typing import Any
 
 import chat_agent
 from http_client import close_session
+from rollout_traces import bad_calls, refused_turns
 from tau2_episode import (
     PROMPTS,
     BadInput,
@@ -98,10 +99,10 @@ async def run_teacher(
         if number not in journal.done:
             async with free:
                 outcome, final = await run_one(args, config, source, args.seed + number)
-            if final:
-                journal.add(number, outcome)
-            else:
+            if not final:
+                journal.broken += 1
                 return outcome
+            journal.add(number, outcome)
         progress.advance()
         return journal.done[number]
 
@@ -113,8 +114,8 @@ async def run_teacher(
 
 
 async def run_one(args: argparse.Namespace, config: EpisodeConfig, source: dict, seed: int) -> tuple[Outcome, bool]:
-    """(outcome, whether it is the episode's own and not the machinery's). The teacher's slips are marked
-    "step_loss_mask": 0 in the row."""
+    """(outcome, whether it is the episode's own and not the machinery's). The teacher's slips, and turns one of whose
+    calls a tool refused, are marked "step_loss_mask": 0 in the row."""
     config = replace(config, redraw_ids=draws_new_ids(source["task"]["id"], seed, args.redraw_ids))
     for _ in range(TRIES):
         teacher = make_teacher(args, source, seed)
@@ -124,7 +125,10 @@ async def run_one(args: argparse.Namespace, config: EpisodeConfig, source: dict,
     turns = [message for message in episode.messages[2:] if message["role"] == "assistant"]
     for turn in (turn for turn in getattr(teacher, "slips", []) if turn < len(turns)):
         turns[turn]["step_loss_mask"] = 0
-    outcome = _outcome(episode, source, config)
+    refused = refused_turns(episode.messages)
+    for turn in (turn for turn in turns if id(turn) in refused):
+        turn["step_loss_mask"] = 0
+    outcome = _outcome(episode, turns, source, config)
     if args.agent_llm and outcome["row"]:
         outcome["row"]["metadata"]["teacher"] = args.agent_llm
     return outcome, not episode.end_reason.is_infrastructure
@@ -182,18 +186,24 @@ def draws_new_ids(task_id: str, seed: int, share: float) -> bool:
     return random.Random(f"{task_id}:{seed}:redraw_ids").random() < share
 
 
-def _outcome(episode: Episode, source: dict, config: EpisodeConfig) -> Outcome:
-    if not episode.solved:
-        return {"row": None, "dropped": f"not solved, {episode.end_reason.value}"}
+def _outcome(episode: Episode, turns: list[dict], source: dict, config: EpisodeConfig) -> Outcome:
     row = make_row(episode, source, config)
-    if holds_control_text(row["prompt"]):
-        return {"row": None, "dropped": "control token in a text"}
-    return {"row": row, "dropped": None}
+    dropped = None
+    if not episode.solved:
+        dropped = f"not solved, {episode.end_reason.value}"
+    elif problem := bad_calls(turns, episode.customer_tool_calls):
+        dropped = problem
+    elif all(turn.get("step_loss_mask") == 0 for turn in turns):
+        dropped = "no turn to train"
+    elif holds_control_text(row["prompt"]):
+        dropped = "control token in a text"
+    return {"row": None if dropped else row, "dropped": dropped}
 
 
 class Journal:
     """OUTPUT.partial: with a customer or a teacher that costs money, the outcome of every finished episode is on disk
-    at once, and the same command goes on where an interrupted one stopped. Removed when the rows are written.
+    at once, and the same command goes on where an interrupted one stopped. Removed when all rows are written; episodes
+    that the machinery broke (`broken`) are not in it, so that the same command runs them again.
 
     `path` None (nobody is a model) keeps nothing. Raises BadInput when the file belongs to other settings or to a
     run that is under way; a torn last line counts as not written.
@@ -202,6 +212,7 @@ class Journal:
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, json.loads(json.dumps(settings, default=str))
         self.done: dict[int, Outcome] = {}
+        self.broken = 0
         self.file: Any = None
         if path is not None:
             self._open()
@@ -243,10 +254,14 @@ class Journal:
         except OSError as error:
             raise BadInput(f"cannot write {self.path}: {error.strerror}; the same command continues") from error
 
-    def remove(self) -> None:
-        if self.file is not None:
+    def close(self) -> int:
+        """Removes the file, unless episodes are still to be run; gives how many."""
+        if self.file is None:
+            return 0
+        if not self.broken:
             self.path.unlink(missing_ok=True)
-            self.file.close()
+        self.file.close()
+        return self.broken
 
 
 class Progress:
@@ -696,9 +711,10 @@ def main(argv: list[str] | None = None) -> int:
         if not rows:
             raise BadInput(f"no row is left to write (dropped: {_counts(dropped)})")
         write_jsonl(args.output, rows)
-        if journal is not None:
-            journal.remove()
         report(args.output, rows, dropped)
+        if journal is not None and (broken := journal.close()):
+            print(f"incomplete: {broken} episodes broke off; the same command runs them again", file=sys.stderr)
+            return 1
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
