@@ -535,12 +535,13 @@ def rollout_for(gpus: int, concurrency: int = 64, over: float = 1.0, samples: in
 
 
 def advise(gpus: int, seeds: int) -> dict[str, Any]:
-    """What each setting does on so many GPUs, the others at their defaults."""
+    """What each setting does on so many GPUs, the others at their defaults. Over-sampling is for a filter that drops
+    groups: its rows have one."""
     rate = {name: {} for name in ("concurrency", "over_sampling", "group_size", "customer")}
     for concurrency in CONCURRENCIES:
         rate["concurrency"][concurrency] = simulate(rollout_for(gpus, concurrency), seeds)
     for over in OVER_SAMPLING:
-        rate["over_sampling"][over] = simulate(rollout_for(gpus, over=over), seeds)
+        rate["over_sampling"][over] = simulate(replace(rollout_for(gpus, over=over), filtered=True), seeds)
     for samples in GROUP_SIZES:
         rate["group_size"][samples] = simulate(rollout_for(gpus, samples=samples), seeds)
     for name, customer in (("scripted", SCRIPTED), ("no limit", UNLIMITED), ("4000 a minute", Customer())):
