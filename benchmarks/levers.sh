@@ -4,7 +4,7 @@
 #   SEED=1 bash benchmarks/levers.sh                     every arm; about 8 minutes each on 2 cores
 #   SEED=1 bash benchmarks/levers.sh grpo shuffled       these arms
 # SFT:  sft wordings slips           one round of RFT from sft:  rft keep_mistakes teacher, and the rft arm under
-# each mood of the customer:  moods
+# each mood of the customer, greedy:  rft moods
 # GRPO from sft:  grpo own_ids shuffled unfiltered curriculum two_steps groups_of_8 no_std tis kl penalty; with
 # customers of all moods, beside sft under the same:  mixed
 # Results: $RUN_DIR/ARM/eval.json, with names, numbers and ids drawn anew eval_new.json where that is the question. Run

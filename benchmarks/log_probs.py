@@ -1,7 +1,7 @@
 """How far the engine's log-probs are from the trainer's, for the same tokens of the same weights.
 
     python benchmarks/log_probs.py           # 6 dialogues, 40 sampled tokens each; --quick: 2 dialogues
-    python benchmarks/log_probs.py --checkpoint runs/local/rft2/hf    # untrained, a model is less sure
+    python benchmarks/log_probs.py --checkpoint runs/local/sft/hf    # untrained, a model is less sure
 
 Each of the scripted teacher's dialogues, cut in its middle, is continued by the engine at temperature 1; the trainer
 then computes the log-prob of every token sampled. Once in the dtypes that are chosen here, once in fp32 throughout.

@@ -1,6 +1,6 @@
 """SGLang's `/generate` in front of the one-machine engine.
 
-    python -m slime_local.server --model-path runs/local/sft-hf --port 30000
+    python -m slime_local.server --model-path runs/local/sft/hf --port 30000
 
 The plug-in and the evaluator speak this protocol wherever they run. Binds to loopback unless told otherwise.
 """

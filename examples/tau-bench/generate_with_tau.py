@@ -23,7 +23,7 @@ Settings are attributes of slime's args, set in the YAML of --custom-config-path
 
 --rollout-max-response-len bounds the whole response of a sample (the agent's turns and what came between them), and
 --rollout-max-context-len prompt and response together; both are checked before each call. What reaches a limit ends as
-truncated, with reward 0 and its partial score.
+truncated, with reward 0; its partial score is logged and earns nothing.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 #   HOST=slime   (default) `ray job submit` to $RAY_ADDRESS; Ray is started here when nothing answers there
 #   HOST=local   this machine, no Ray: slime_local
 #   PRINT=1      print the command, one argument a line, and stop
+#   CHECK=1      run_sft.sh, run_grpo.sh: write tasks and traces where there are none, check the command
+#                (train.py --check-only, which asks the customer's model once) and stop
 #   DOMAIN=...   telecom (default), retail or airline: names the files of tasks and traces, and the folders' defaults
-#   CHECK=1      check the command (train.py --check-only) and stop
 fail() { # one line, exit code 2
    echo "error: $*" >&2
    exit 2

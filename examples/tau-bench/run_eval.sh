@@ -7,6 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
+[ "${CHECK:-0}" != 1 ] || fail "CHECK=1 belongs to run_sft.sh and run_grpo.sh: an evaluation checks its flags before it begins"
 [ -n "${CHECKPOINT:-}" ] || fail "set CHECKPOINT to the folder to evaluate: an HF folder (--save-hf), or an iteration folder of slime"
 HF_DIR=${HF_DIR:-/root/Qwen3-4B-Instruct-2507} # where the converter takes config and tokenizer from
 SLIME_DIR=${SLIME_DIR:-/root/slime}
@@ -15,7 +16,7 @@ CUSTOMER=${CUSTOMER:-llm}
 PROMPT=${PROMPT:-official}
 
 whole_number NUM_TRIALS "${NUM_TRIALS:-1}" PORT "${PORT:-30000}"
-case $(basename "$CHECKPOINT") in iter_*)
+[ "${PRINT:-0}" = 1 ] || case $(basename "$CHECKPOINT") in iter_*)
    [ -e "${CHECKPOINT}_hf/config.json" ] || [ -f "$SLIME_DIR/tools/convert_torch_dist_to_hf.py" ] ||
       fail "$CHECKPOINT is an iteration folder, and SLIME_DIR=$SLIME_DIR holds no slime to convert it: set SLIME_DIR, or evaluate an HF folder"
    [ -e "${CHECKPOINT}_hf/config.json" ] || PYTHONPATH=$MEGATRON_DIR:$SLIME_DIR "$PYTHON" "$SLIME_DIR/tools/convert_torch_dist_to_hf.py" \
@@ -33,4 +34,9 @@ EVAL_ARGS=(
    --sglang-port "${PORT:-30000}"
 )
 
-"$PYTHON" "$EXAMPLE/evaluate_tau2.py" --checkpoint "$CHECKPOINT" --output-path "$OUTPUT" "${EVAL_ARGS[@]}" "$@"
+COMMAND=("$EXAMPLE/evaluate_tau2.py" --checkpoint "$CHECKPOINT" --output-path "$OUTPUT" "${EVAL_ARGS[@]}" "$@")
+if [ "${PRINT:-0}" = 1 ]; then
+   printf '%s\n' "$PYTHON" "${COMMAND[@]}"
+else
+   "$PYTHON" "${COMMAND[@]}"
+fi

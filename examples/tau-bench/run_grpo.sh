@@ -5,15 +5,15 @@
 #   CHECK=1 bash examples/tau-bench/run_grpo.sh                          only check the command; PRINT=1 prints it
 #   DOMAIN=retail bash examples/tau-bench/run_grpo.sh                    or airline
 #   HOST=local MODEL=smollm2-135M-Instruct HF_DIR=runs/SmolLM2-135M-Instruct CONFIG=examples/tau-bench/local.yaml \
-#      bash examples/tau-bench/run_grpo.sh
+#      bash examples/tau-bench/run_grpo.sh                               here, after run_sft.sh with the same HF_DIR
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 MODEL=${MODEL:-qwen3-4B-Instruct-2507}
 HF_DIR=${HF_DIR:-/root/Qwen3-4B-Instruct-2507}
-SFT_DIR=${SFT_DIR:-/root/Qwen3-4B-Instruct-2507_sft_$DOMAIN}
-RL_DIR=${RL_DIR:-/root/Qwen3-4B-Instruct-2507_rl_$DOMAIN}
-DATA_DIR=${DATA_DIR:-/root/tau2-$DOMAIN}
+SFT_DIR=${SFT_DIR:-${HF_DIR}_sft_$DOMAIN}
+RL_DIR=${RL_DIR:-${HF_DIR}_rl_$DOMAIN}
+DATA_DIR=${DATA_DIR:-$(dirname "$HF_DIR")/tau2-$DOMAIN}
 CONFIG=${CONFIG:-$EXAMPLE/slime.yaml} # prompt and customer
 ROLLOUT_BATCH=${ROLLOUT_BATCH:-8}
 

@@ -3,15 +3,16 @@
 # another folder) and the arrays.
 #   bash examples/tau-bench/run_sft.sh                slime, 2 GPUs
 #   CHECK=1 bash examples/tau-bench/run_sft.sh        only check the command; PRINT=1 prints it
+#   python -m slime_local.smollm2 --out runs/SmolLM2-135M-Instruct      on this machine, with a small model:
 #   HOST=local MODEL=smollm2-135M-Instruct HF_DIR=runs/SmolLM2-135M-Instruct PROMPT=short bash examples/tau-bench/run_sft.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 MODEL=${MODEL:-qwen3-4B-Instruct-2507}
-HF_DIR=${HF_DIR:-/root/Qwen3-4B-Instruct-2507}                       # the model as downloaded
-TORCH_DIST_DIR=${TORCH_DIST_DIR:-/root/Qwen3-4B-Instruct-2507_torch_dist} # and converted for Megatron
-SFT_DIR=${SFT_DIR:-/root/Qwen3-4B-Instruct-2507_sft_$DOMAIN}
-DATA_DIR=${DATA_DIR:-/root/tau2-$DOMAIN}
+HF_DIR=${HF_DIR:-/root/Qwen3-4B-Instruct-2507} # the model as downloaded; what is made lies beside it
+TORCH_DIST_DIR=${TORCH_DIST_DIR:-${HF_DIR}_torch_dist} # and converted for Megatron
+SFT_DIR=${SFT_DIR:-${HF_DIR}_sft_$DOMAIN}
+DATA_DIR=${DATA_DIR:-$(dirname "$HF_DIR")/tau2-$DOMAIN}
 PROMPT=${PROMPT:-official}
 TRACES=${TRACES:-$DATA_DIR/teacher_traces.jsonl}
 

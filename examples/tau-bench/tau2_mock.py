@@ -273,7 +273,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--mix",
         type=mix_weights,
         metavar="KIND=N,...",
-        help="write DOMAIN_SPLIT_mix_tasks.jsonl, where issue types, or tasks with a sub-issue, take turns by weights",
+        help="write DOMAIN_SPLIT_mix_tasks.jsonl, where issue types, or tasks with a sub-issue, take turns by weights "
+        "(a type that is not named: 1)",
     )
     parser.add_argument("--num-rows", type=positive, help="of such a file (default: as many as the split has tasks)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws in such a file (default: %(default)s)")

@@ -606,7 +606,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--epochs", type=positive, default=1, help="episodes per task (default: 1)")
     add(
-        "--mix", type=mix_weights, metavar="KIND=N,...", help="draw issue types, or tasks with a sub-issue, by weights"
+        "--mix",
+        type=mix_weights,
+        metavar="KIND=N,...",
+        help="draw issue types, or tasks with a sub-issue, by weights (a type that is not named: 1)",
     )
     add("--style", choices=STYLES, default="checks", help="how the teacher asks (see tau2_teacher.py)")
     add("--slip", type=share, default=0.0, help="share of episodes in which the teacher forgets a fix and mends it")
