@@ -34,7 +34,8 @@ def main() -> None:
         products = str(model.product_dtype).removeprefix("torch.")
         question = f"log-probs of {len(gaps)} sampled tokens, products in {products}: engine and trainer apart, mean"
         result = {"details": {"max": max(gaps), "products": products}, "quick": args.quick, "folder": args.results}
-        write_result(f"log-probs-{name}", question, {"max": max(gaps)}, unit="nats", value=mean(gaps), **result)
+        name = f"log-probs-{name}-trained" if args.checkpoint else f"log-probs-{name}"
+        write_result(name, question, {"max": max(gaps)}, unit="nats", value=mean(gaps), **result)
 
 
 def differences(folder, model, prompts: list[list[int]]) -> list[float]:
