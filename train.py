@@ -11,6 +11,7 @@ full disk) is one line and exit code 1.
 import argparse
 import os
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from slime_local.lasting import lasting
 
 
 def main(argv: list[str] | None = None) -> int:
+    args = argparse.Namespace(load=None, save=None)
     try:
         own, rest = own_flags(sys.argv[1:] if argv is None else argv)
         host = choose_host(own.host)
@@ -37,12 +39,23 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {line}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {os_error_line(error)}; the same command continues from the last checkpoint", file=sys.stderr)
+        print(f"error: {os_error_line(error)} (at {place(error)}){continues(args)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def place(error: BaseException) -> str:
+    """The function in which it arose: a plug-in's own file that is missing looks like a full disk otherwise."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}, {frame.name}"
+
+
+def continues(args: argparse.Namespace) -> str:
+    resumes = args.load and args.save and Path(args.load).resolve() == Path(args.save).resolve()
+    return "; the same command continues from the last checkpoint" if resumes else ""
 
 
 def own_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

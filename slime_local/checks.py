@@ -3,6 +3,7 @@
 Nothing here loads a model. Every problem found becomes one line of one UsageError.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from slime_local.data import read_numbered_rows, row_tools, split_slice
 from slime_local.errors import UsageError
 from slime_local.flags import MODEL_SHAPE, check_combinations, load_flags
 from slime_local.hf_folder import (
+    SAVED_FILES,
     check_hf_folder,
     load_config,
     read_json_object,
@@ -60,7 +62,15 @@ def check(args: Namespace, host: str) -> None:
         _check_data,
         _check_model_shape,
     ]
-    local = [_check_family, _check_start, _check_overwriting, _check_port, _check_memory]
+    local = [
+        _check_family,
+        _check_start,
+        _check_overwriting,
+        _check_templates,
+        _check_save_hf,
+        _check_port,
+        _check_memory,
+    ]
     _run_checks(args, [*quick, *(local if host == "local" else [])])
     _run_checks(args, [_check_plugins if host == "local" else _check_plugins_for_slime])
 
@@ -129,6 +139,38 @@ def _check_overwriting(args: Namespace) -> None:
             f"--save {args.save} already holds iteration {there[-1]}: add --load {args.save} to continue that run, "
             "or save to another folder"
         )
+
+
+def _check_templates(args: Namespace) -> None:
+    lines = []
+    for name in ("save_hf", "save_debug_rollout_data", "save_debug_train_data", "load_debug_rollout_data"):
+        try:
+            (getattr(args, name) or "").format(rollout_id=0)
+        except (LookupError, ValueError, AttributeError):
+            flag = "--" + name.replace("_", "-")
+            lines.append(f"{flag} {getattr(args, name)}: {{rollout_id}} is all that can be filled in")
+    if lines:
+        raise UsageError("\n".join(lines))
+
+
+def _check_save_hf(args: Namespace) -> None:
+    """The folder is replaced as a whole at each save: nothing else may be in it."""
+    if not args.save_hf:
+        return
+    with contextlib.suppress(LookupError, ValueError, AttributeError):  # _check_templates says so
+        for rollout_id in range(args.num_rollout or 1):
+            _check_replaced(Path(args.save_hf.format(rollout_id=rollout_id)), args)
+
+
+def _check_replaced(folder: Path, args: Namespace) -> None:
+    for flag in ("save", "load", "ref_load", "hf_checkpoint"):
+        kept = getattr(args, flag)
+        if kept and Path(kept).resolve().is_relative_to(folder.resolve()):
+            name = flag.replace("_", "-")
+            raise UsageError(f"--save-hf {folder} would replace --{name} {kept}: choose a folder of its own")
+    others = sorted({path.name for path in folder.iterdir()} - SAVED_FILES) if folder.is_dir() else []
+    if others:
+        raise UsageError(f"--save-hf {folder} would replace {others[0]!r} there: choose a folder of its own")
 
 
 # ---- Flags against each other --------------------------------------------------------------------------------

@@ -85,6 +85,10 @@ class CompiledDecoder:
         del memory
         return x
 
+    def drop(self) -> None:
+        """Let go of the panels, which would else live until the next step."""
+        self.weights, self.version = [], -1
+
     def _weights(self) -> list[Tensor | None]:
         """What the struct `Layer` of kernels.c points to, layer after layer."""
         if self.version != self.model.version:

@@ -14,7 +14,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +34,9 @@ KV_BLOCK = 256
 # and are copied by multiples of so many, the most that kernels.c mixes.
 KV_PANEL = 32
 LARGEST_NUMBER = 1e9  # of a sampling parameter
+# Parameters of SGLang's that are accepted with these values, which change nothing; a text is never trimmed here.
+NEUTRAL = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0, "n": 1}
+NEUTRAL |= {"no_stop_trim": True}
 
 
 class RequestError(Exception):
@@ -62,10 +65,9 @@ class SamplingParams:
             raise RequestError("sampling_params must be a JSON object")
         given = {name: value for name, value in (given or {}).items() if value is not None}
         known = {name: given.pop(name) for name in list(given) if name in cls.__dataclass_fields__}
-        neutral = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0, "n": 1}
         for name, value in given.items():
-            if name in neutral and value != neutral[name]:
-                raise RequestError(f"sampling_params.{name}={value} is not supported here")
+            if name != "spaces_between_special_tokens" and (name not in NEUTRAL or value != NEUTRAL[name]):
+                raise RequestError(f"sampling_params.{name}={str(value)[:40]} is not supported here")
         if isinstance(known.get("stop"), str):
             known["stop"] = [known["stop"]]
         params = cls(**known)
@@ -209,12 +211,28 @@ class Engine:
                 self._fail_requests()
 
     def run_beside(self, function: Callable, *args, **kwargs):
-        """The result of function(*args, **kwargs), called in another thread while this one answers its requests."""
-        with ThreadPoolExecutor(1, "beside-engine") as pool:
-            result = pool.submit(function, *args, **kwargs)
-            result.add_done_callback(lambda _: self.wake())
-            self.run(until=result.done)
-            return result.result()
+        """The result of function(*args, **kwargs), called in another thread while this one answers its requests.
+
+        Where the engine fails, or Ctrl-C ends it, nobody waits for that thread: a rollout that gets no answers may
+        begin new episodes for ever. What it leaves unanswered, of a caller that has gone away, is aborted."""
+        result: Future = Future()
+
+        def call() -> None:
+            try:
+                result.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                result.set_exception(error)
+            self.wake()
+
+        threading.Thread(target=call, name="beside-engine", daemon=True).start()
+        self.run(until=result.done)
+        self._abort_all()
+        return result.result()
+
+    def _abort_all(self) -> None:
+        with self.lock:
+            for request in [*self.waiting, *self.running]:
+                self._finish(request, {"type": "abort", "message": "aborted"})
 
     def wake(self) -> None:
         with self.lock:
@@ -236,6 +254,7 @@ class Engine:
         with self.lock:
             if self.closed or self.failure:
                 raise RuntimeError(f"the engine has stopped: {self.failure or 'closed'}")
+            request.future.set_running_or_notify_cancel()  # from here on only the engine ends it
             self.waiting.append(request)
             self.lock.notify()
 
@@ -257,7 +276,7 @@ class Engine:
         Kept KV belongs to the old weights, so every slot is emptied. Call it while no request is running.
         """
         with self.lock:
-            if self.waiting or self.running:
+            if self.running:
                 raise RuntimeError("weights can only change while no request is running")
             if model is not None and model is not self.model:
                 with torch.no_grad():
@@ -391,6 +410,9 @@ class Engine:
         return model.final_norm(x)
 
     def _sample(self, requests: list[Request], logits: Tensor) -> None:
+        for request, row in zip(requests, logits, strict=True):
+            if len(request.output) < request.params.min_new_tokens:
+                row[[*self.eos, *request.params.stop_token_ids]] = -torch.inf
         ids, logprobs = sample(logits, [r.params for r in requests], [self._uniform(r) for r in requests])
         for request, token, logprob in zip(requests, ids, logprobs, strict=True):
             request.output.append(token)
@@ -410,14 +432,13 @@ class Engine:
 
     def _finish_reason(self, request: Request, token: int) -> dict | None:
         params = request.params
-        if len(request.output) >= params.min_new_tokens:
-            if token in params.stop_token_ids or (token in self.eos and not params.ignore_eos):
-                return {"type": "stop", "matched": token}
-            if params.stop:
-                text = self.tokenizer.decode(request.output)
-                for stop in params.stop:
-                    if stop in text:
-                        return {"type": "stop", "matched": stop}
+        if token in params.stop_token_ids or (token in self.eos and not params.ignore_eos):
+            return {"type": "stop", "matched": token}
+        if params.stop and len(request.output) >= params.min_new_tokens:
+            text = self.tokenizer.decode(request.output)
+            for stop in params.stop:
+                if stop in text:
+                    return {"type": "stop", "matched": stop}
         full = len(request.prompt) + len(request.output) >= self.max_context
         if full or len(request.output) >= params.max_new_tokens:
             return {"type": "length", "length": len(request.output)}
@@ -470,6 +491,8 @@ class Engine:
         return Request(list(ids), params, Future(), rid=payload.get("rid"))
 
     def _flush(self) -> None:
+        if self.compiled is not None:
+            self.compiled.drop()
         for slot in self.slots:
             if slot.request is None:
                 slot.tokens, slot.kv = [], slot.kv[..., :0, :].clone()

@@ -13,6 +13,18 @@ LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 # What these families can have and this host does not compute, with the value that means: without.
 WITHOUT = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+SAVED_FILES = {"model.safetensors", "config.json", *TOKENIZER_FILES}  # by save_hf
+
 
 @dataclass(frozen=True)
 class ModelConfig:

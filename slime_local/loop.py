@@ -99,7 +99,8 @@ def _resume(run: Run) -> int:
     if run.trainer is None:
         return run.args.start_rollout_id or 0
     first = run.trainer.load()
-    run.tracker.continue_at(_first_steps(run.args, first))
+    step = _rollout_step(run.args, first)
+    run.tracker.continue_at({"train/rollout": first, "rollout/step": step, "eval/step": step})
     run.args.start_rollout_id = first
     state = run.trainer.loaded_extra.get("data_source")
     if state is not None and hasattr(run.data_source, "load_state_dict"):
@@ -109,13 +110,6 @@ def _resume(run: Run) -> int:
     if first > 0:
         print(f"continuing at rollout {first} of {run.num_rollout}", flush=True)
     return first
-
-
-def _first_steps(args: Namespace, rollout_id: int) -> dict[str, int]:
-    """Of each kind of row in metrics.jsonl, the first step that belongs to `rollout_id`."""
-    steps = args.rollout_batch_size * args.n_samples_per_prompt // args.global_batch_size
-    rollout_step = _rollout_step(args, rollout_id)
-    return {"train/step": rollout_id * steps, "rollout/step": rollout_step, "eval/step": rollout_step}
 
 
 def _evaluation_is_owed(run: Run, first: int) -> bool:
@@ -263,7 +257,7 @@ def _train(run: Run, rollout_id: int, samples: list[Sample]) -> dict[str, float]
         run.engine.flush()  # its keys and values belong to weights that are about to change; training needs the memory
     metrics = train_data_metrics(args, data) | run.trainer.train(rollout_id, data)
     for step in run.trainer.last_steps:
-        run.tracker.log(step, step["train/step"])
+        run.tracker.log({**step, "train/rollout": rollout_id}, step["train/step"])
     return metrics
 
 

@@ -24,19 +24,8 @@ from torch import Tensor, nn
 from slime_local import kernels
 from slime_local.attention import attend_paths
 from slime_local.errors import UsageError, one_line
-from slime_local.hf_folder import ModelConfig, load_config, read_safetensors_header, weight_files
+from slime_local.hf_folder import TOKENIZER_FILES, ModelConfig, load_config, read_safetensors_header, weight_files
 from slime_local.prefixes import SharedPrefixes, share_prefixes
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 class Operand:
@@ -55,7 +44,7 @@ class Operand:
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, n_in] -> [T, n_out] for a weight [n_out, n_in], in the dtype of x."""
         bias = None if bias is None else bias.to(x.dtype)
-        if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
             y = Product.apply(x, weight, self)
             return y if bias is None else y + bias
         if self.is_compiled(x):
@@ -508,7 +497,8 @@ PER_LAYER = {
 
 
 def save_hf(model: Transformer, out_dir: str | os.PathLike, source_dir: str | os.PathLike) -> Path:
-    """Write an HF folder: weights in the product dtype, config and tokenizer from `source_dir`. All or nothing."""
+    """Write an HF folder: weights in the product dtype, config and tokenizer from `source_dir`. All or nothing: a
+    folder that is there is replaced (checks.py refuses one with other files)."""
     out, source = Path(out_dir), Path(source_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)

@@ -92,7 +92,7 @@ def make_app(engine, model_path: str, max_requests: int = MAX_REQUESTS, body_sec
             body = await read_object(request)
         except RequestError as error:
             return refuse(400, error)
-        engine.abort(None if body.get("abort_all", True) and not body.get("rid") else body.get("rid"))
+        engine.abort(None if body.get("abort_all") else body.get("rid") or None)
         return web.Response()
 
     async def workers(request):
@@ -149,7 +149,9 @@ def serve(engine, host: str = "127.0.0.1", port: int = 0, model_path: str = "") 
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="generate-server", daemon=True)
     thread.start()
-    runner = web.AppRunner(make_app(engine, model_path), access_log=None, shutdown_timeout=1.0)
+    # Of a client that has gone away the handler is cancelled, and the engine decodes no further for nobody.
+    options = {"access_log": None, "shutdown_timeout": 1.0, "handler_cancellation": True}
+    runner = web.AppRunner(make_app(engine, model_path), **options)
 
     async def start():
         await runner.setup()

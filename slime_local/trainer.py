@@ -330,9 +330,9 @@ class Trainer:
         return {name: dict(state[p]) for name, p in self.trainable.items() if p in state}
 
     def _drop_unretained(self, previous: list[int], newest: int) -> None:
-        """--save-retain-interval: of the older iterations keep the multiples of it."""
+        """--save-retain-interval: the iteration before this one goes unless it is a multiple (Megatron's rule)."""
         interval = self.args.save_retain_interval
-        for iteration in previous:
+        for iteration in previous[-1:]:
             if interval and iteration % interval and iteration < newest:
                 shutil.rmtree(checkpoint.iteration_folder(self.args.save, iteration))
 

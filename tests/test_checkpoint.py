@@ -268,6 +268,13 @@ def test_retain_interval_drops_the_others_but_the_newest(folder, tmp_path):
     assert checkpoint.saved_iterations(tmp_path) == [0, 2, 4, 5]
 
 
+def test_a_retain_interval_that_comes_later_spares_what_is_there(folder, tmp_path):
+    for rollout_id in (1, 3, 5):
+        new_trainer(folder, save=str(tmp_path)).save(rollout_id)
+    new_trainer(folder, save=str(tmp_path), save_retain_interval=4).save(7)
+    assert checkpoint.saved_iterations(tmp_path) == [1, 3, 7]
+
+
 # ---- Metrics -----------------------------------------------------------------------------------------------------
 
 

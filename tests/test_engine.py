@@ -5,9 +5,12 @@ import json
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 
+import aiohttp
 import pytest
 import torch
 from hypothesis import given, settings
@@ -178,6 +181,14 @@ async def test_finish_reasons(model, tokenizer, engine):
     assert len(full["output_ids"]) == 6
 
 
+async def test_the_policy_cannot_stop_before_min_new_tokens(engine):
+    wish = (await engine.generate(request([1, 2, 3], temperature=0.0)))["output_ids"][0]
+    params = {"temperature": 0.0, "stop_token_ids": [wish]}
+    assert (await engine.generate(request([1, 2, 3], **params)))["output_ids"] == [wish]
+    answer = await engine.generate(request([1, 2, 3], **params, min_new_tokens=5))
+    assert wish not in answer["output_ids"][:5] and torch.isfinite(logprobs(answer)).all()
+
+
 async def test_abort_returns_what_was_sampled(engine):
     task = asyncio.create_task(engine.generate(request([1, 2, 3], max_new_tokens=200)))
     await asyncio.sleep(0.05)
@@ -204,6 +215,9 @@ async def test_abort_returns_what_was_sampled(engine):
         (request([1], top_p=0), "top_p"),
         (request([1], max_new_tokens=0), "max_new_tokens"),
         (request([1], repetition_penalty=1.1), "repetition_penalty"),
+        (request([1], temprature=0.1), "temprature"),
+        (request([1], regex="a+"), "regex"),
+        (request([1], no_stop_trim=False), "no_stop_trim"),
     ],
 )
 async def test_bad_requests_are_refused(engine, payload, message):
@@ -254,6 +268,84 @@ def test_the_server_speaks_sglangs_protocol(engine):
         status, body = call(address, "/generate", {"input_ids": []})
         assert status == 400 and b"input_ids" in body
         assert call(address, "/generate", b"x" * (17 * 2**20))[0] == 413
+
+
+class Asked:
+    """In place of an engine: keeps what the server asks of it, and answers nothing."""
+
+    failure = None
+
+    def __init__(self):
+        self.aborted, self.left, self.begun = [], threading.Event(), threading.Event()
+
+    def abort(self, rid):
+        self.aborted.append(rid)
+
+    async def generate(self, payload):
+        try:
+            self.begun.set()
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.left.set()
+            raise
+
+
+def test_which_requests_are_aborted():
+    """SGLang's rule: `abort_all`, or no name, means all."""
+    asked = Asked()
+    with serve(asked) as address:
+        for body in ({}, {"rid": ""}, {"abort_all": True, "rid": "a"}, {"abort_all": False, "rid": "a"}, {"rid": "a"}):
+            assert call(address, "/abort_request", body)[0] == 200
+    assert asked.aborted == [None, None, None, "a", "a"]
+
+
+async def test_of_a_client_that_has_gone_the_request_ends():
+    asked = Asked()
+    with serve(asked) as address:
+        async with aiohttp.ClientSession() as session:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(session.post(f"http://{address[0]}:{address[1]}/generate", json={}), 0.5)
+        assert asked.begun.is_set() and await asyncio.to_thread(asked.left.wait, 10)
+
+
+# ---- A rollout beside the engine -----------------------------------------------------------------------------
+
+
+def test_what_a_rollout_leaves_unanswered_is_aborted(model, tokenizer):
+    """And what comes while the trainer trains waits: neither ends the run when the weights change."""
+    engine = Engine(model, tokenizer, max_context=256, max_running=2, own_thread=False)
+    payloads = [request([1, 2, 3], max_new_tokens=200) for _ in range(3)]
+
+    def impatient():
+        requests = [engine._request(payload) for payload in payloads]
+        for one in requests:
+            engine.submit(one)
+        while not engine.running:
+            time.sleep(0.001)
+        return requests
+
+    for one in engine.run_beside(impatient):
+        assert one.future.result(0)["meta_info"]["finish_reason"]["type"] == "abort"
+    stray = engine._request(request([1, 2, 3]))
+    engine.submit(stray)
+    engine.update_weights()
+    engine.run_beside(lambda: stray.future.result(20))
+
+
+def test_a_rollout_is_not_waited_for_when_the_engine_fails(model, tokenizer, monkeypatch):
+    """A plug-in that turns every failure into an aborted sample would begin new episodes for ever."""
+    engine = Engine(model, tokenizer, max_context=256, max_running=2, own_thread=False)
+    monkeypatch.setattr(engine, "_step", lambda: 1 / 0)
+    ended = threading.Event()
+
+    def tolerant():
+        engine.submit(engine._request(request([1, 2, 3])))
+        ended.wait(60)
+
+    with pytest.raises(ZeroDivisionError):
+        engine.run_beside(tolerant)
+    assert not ended.is_set()
+    ended.set()
 
 
 @pytest.mark.parametrize("case", ["no folder", "busy port"])

@@ -133,6 +133,10 @@ def test_a_right_command_is_checked_and_not_run(folder, tiny_model_dir):
         (["--custom-rollout-log-function-path", "nothere.log"], "no module nothere; add its folder to PYTHONPATH"),
         (["--custom-rollout-log-function-path", "plugin.nolog"], "has no function nolog"),
         (["--data-source-path", "slime.agent.Source"], "slime_local has no equivalent"),
+        (["--save-hf", "out/hf_{step}"], "--save-hf out/hf_{step}: {rollout_id} is all that can be filled in"),
+        (["--save-debug-rollout-data", "{}.pt"], "{rollout_id} is all that can be filled in"),
+        (["--save", "out/grpo", "--save-interval", "1", "--save-hf", "out"], "--save-hf out would replace --save"),
+        (["--save-hf", "."], "--save-hf . would replace 'plugin.py' there"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_exit_code_2(folder, tiny_model_dir, words, part):
@@ -303,6 +307,13 @@ def test_sft_learns_and_saves_a_model_that_others_read(folder, tiny_model_dir):
     assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
     again = errors_of(folder, *sft_command(tiny_model_dir, *save))
     assert "already holds iteration 11: add --load out" in again
+
+
+def test_a_run_that_goes_on_with_other_batches_keeps_its_metrics(folder, tiny_model_dir):
+    run = sft_command(tiny_model_dir, "--save", "run", "--load", "run", "--save-interval", 1)
+    train_well(folder, *run, "--global-batch-size", 1)
+    train_well(folder, *run, "--num-rollout", 3, "--override-opt-param-scheduler")
+    assert metrics_of(folder / "run", "train/rollout") == [0, 0, 1, 1, 2]
 
 
 def test_epochs_count_rollouts(folder, tiny_model_dir):

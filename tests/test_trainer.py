@@ -7,10 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from training_setup import make_args, make_rollout, save_tiny_model, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from slime_local.errors import UsageError
-from slime_local.model import save_hf
+from slime_local.model import load_model, save_hf
 from slime_local.trainer import Trainer
 
 NORM = "decoder.final_layernorm.weight"
@@ -228,6 +228,20 @@ def test_only_matching_parameters_move(folder, flag, patterns, trained):
     for name, value in weights(trainer).items():
         assert torch.equal(value, before[name]) != trained(name), name
     assert all(trained(name) for name in trainer.trainable)
+
+
+@pytest.mark.parametrize("patterns", [[r"linear_qkv\.bias"], [r"bias", r"layers\.1\.mlp"]])
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_biases_learn_where_their_weights_are_frozen(tmp_path, patterns, products):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    args = make_args(tmp_path, only_train_params_name_list=patterns, lr_decay_style="constant")
+    trainer = Trainer(args, load_model(tmp_path, torch.float32, "cpu", products), 4)
+    before = weights(trainer)
+    assert trainer.train(0, make_rollout())["train/grad_norm"] > 0
+    assert [name for name in trainer.trainable if torch.equal(weights(trainer)[name], before[name])] == []
 
 
 @pytest.mark.parametrize(
