@@ -201,23 +201,75 @@ def test_decode_drops_only_the_closing_token(template):
     assert template.decode([]) == ""
 
 
-def test_a_tokenizer_without_a_template_is_refused(template):
-    from copy import deepcopy
+@pytest.fixture
+def retemplate(template, monkeypatch):
+    """The ChatTemplate of the tokenizer with another template."""
 
-    tokenizer = deepcopy(template.tokenizer)
-    tokenizer.chat_template = None
+    def build(chat_template):
+        monkeypatch.setattr(template.tokenizer, "chat_template", chat_template)
+        return ChatTemplate(template.tokenizer)
+
+    return build
+
+
+def test_a_tokenizer_without_a_template_is_refused(retemplate):
     with pytest.raises(BadInput, match="no chat template"):
-        ChatTemplate(tokenizer)
+        retemplate(None)
 
 
-def test_a_template_that_escapes_tool_text_is_refused(template):
+# A plain template that shows all of a dialogue; the tests below spoil one part of it.
+LISTS_TOOLS = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+WRITES_CONTENT = "{{ m.content }}"
+WRITES_CALLS = "{{ m.tool_calls | tojson if m.tool_calls }}"
+CHATML = (
+    LISTS_TOOLS
+    + "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    + WRITES_CONTENT
+    + WRITES_CALLS
+    + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>\n' + m.content + eos_token }}"
+    "{% elif m.role == 'system' %}{{ '<|system|>\n' + m.content + eos_token }}"
+    "{% elif m.role == 'assistant' %}{{ '<|assistant|>\n' + m.content + eos_token }}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_shows_everything_is_taken(retemplate):
+    plain = retemplate(CHATML)
+    assert "RES" in plain.tokenizer.decode(plain.following(_results("RES")))
+
+
+def test_a_template_that_escapes_tool_text_is_refused(retemplate):
     """`tojson` on a tool result would turn text placed after rendering into something else: say so, never guess."""
-    from copy import deepcopy
-
-    tokenizer = deepcopy(template.tokenizer)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | tojson if m.role == 'tool' else m.content }}"
-        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
+    escaping = CHATML.replace(WRITES_CONTENT, "{{ m.content | tojson if m.role == 'tool' else m.content }}")
     with pytest.raises(BadInput, match="turn by turn"):
-        ChatTemplate(tokenizer)
+        retemplate(escaping)
+
+
+def _only_if(condition, part):
+    return CHATML.replace(part, f"{{% if {condition} %}}{part}{{% endif %}}")
+
+
+@pytest.mark.parametrize("template", ["smol_dir"], indirect=True)
+@pytest.mark.parametrize(
+    ("chat_template", "missing"),
+    [
+        (ZEPHYR, "the tools"),
+        (LISTS_TOOLS + ZEPHYR, "the agent's tool calls"),
+        (CHATML.replace(LISTS_TOOLS, "").replace(WRITES_CALLS, ""), "the tools"),
+        (CHATML.replace(LISTS_TOOLS, ""), "the tools"),
+        (CHATML.replace(WRITES_CALLS, ""), "the agent's tool calls"),
+        (_only_if("m.role != 'tool'", WRITES_CONTENT), "the text of a tool message"),
+        (_only_if("(loop.previtem | default({})).role != 'tool'", WRITES_CONTENT), "the text of a tool message"),
+        (_only_if("m.role != 'assistant'", WRITES_CONTENT), "the agent's text"),
+        (_only_if("m.role != 'system'", WRITES_CONTENT), "the text of the first system message"),
+    ],
+    ids="zephyr tools_alone role_text no_tools no_calls no_results one_result no_agent no_system".split(),
+)
+def test_a_template_that_leaves_something_out_is_refused(retemplate, chat_template, missing):
+    """Such a template raises nothing: the model would be asked to use tools, or results, that it is never shown."""
+    with pytest.raises(BadInput, match=missing) as error:
+        retemplate(chat_template)
+    assert "template shows a whole dialogue with tools" in str(error.value)

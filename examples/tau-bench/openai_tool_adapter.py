@@ -210,7 +210,8 @@ def assistant_message(turn: AgentTurn, call_ids: Sequence[str] = ()) -> dict:
 
 
 class ChatTemplate:
-    """Token ids of a conversation that grows by appending, from any chat template that closes turns with one token.
+    """Token ids of a conversation that grows by appending, from any chat template that shows tools, calls and results
+    and closes turns with one token.
 
     `prompt` renders the whole start once. `following` gives only the ids that new messages add after a turn that the
     model closed itself: the template's text between the turns, the messages, and the next generation prompt. It takes
@@ -290,17 +291,32 @@ class ChatTemplate:
         return marked, contents
 
     def _render_following(self, shape: tuple[tuple, ...]) -> str:
-        """Template text from after the assistant's end token; cached by the messages' shape, which holds no text."""
+        """Template text from after the assistant's end token; cached by the messages' shape, which holds no text.
+        Raises BadInput when the template leaves out one of the messages or the turn before them."""
         new = [_message(i, *values) for i, values in enumerate(shape)]
         last = f"{self._mark}LAST"
         before = [{"role": "user", "content": "x"}, _dummy_turn(new, last)]
-        rendered = self._render([*before, *new], None)
-        return rendered.rpartition(last)[2].partition(self.end_text)[2]
+        rendered = self._after(last, self._render([*before, *new], None), "the agent's tool calls")
+        text = rendered.partition(self.end_text)[2]
+        for message in new:
+            self._require(message["content"].strip(), text, f"the text of a {message['role']} message")
+        return text
+
+    def _after(self, words: str, rendered: str, what: str) -> str:
+        self._require(words, rendered, what)
+        return rendered.rpartition(words)[2]
+
+    def _require(self, words: str, rendered: str, what: str) -> None:
+        if words not in rendered:
+            raise BadInput(
+                f"{self.tokenizer.name_or_path}: the chat template leaves out {what}; take a model whose template "
+                "shows a whole dialogue with tools, as Qwen3's does, or give this tokenizer such a template"
+            )
 
     def _find_end_of_turn(self) -> str:
         last = f"{self._mark}LAST"
         turns = [_message(0, role, None, text) for role, text in (("user", "x"), ("assistant", last), ("user", "y"))]
-        match = self._split.search(self._render(turns, None).rpartition(last)[2])
+        match = self._split.search(self._after(last, self._render(turns, None), "the agent's text"))
         if match is None:
             raise BadInput(f"{self.tokenizer.name_or_path}: the chat template ends turns without a special token")
         return match.group()
@@ -334,12 +350,17 @@ class ChatTemplate:
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def _self_check(self) -> None:
-        """On a fixed conversation both methods must give the ids of a full render."""
+        """On a fixed conversation both methods must give the ids of a full render, and nothing may be missing there: a
+        template that knows no tools passes them over without an error."""
         user = {"role": "user", "content": 'My "phone"\nis naïve: 12 é.'}
         start = [{"role": "system", "content": "You help."}, {"role": "assistant", "content": "Hi!"}, user]
-        result = _message(0, "tool", "f", '{"a": ["x", 1]}')
-        self._compare(self.prompt(start, [_DUMMY_TOOL]), self._render(start, [_DUMMY_TOOL]), whole=True)
-        for new in ([user], [result], [result, _message(1, "tool", "f", "Error: no")]):
+        result = _message(0, "tool", _DUMMY_NAME, '{"a": ["x", 1]}')
+        shown = self._render(start, [_DUMMY_TOOL])
+        self._require(_DUMMY_NAME, shown, "the tools")
+        self._compare(self.prompt(start, [_DUMMY_TOOL]), shown, whole=True)
+        for message in start:
+            self._require(message["content"], shown, f"the text of the first {message['role']} message")
+        for new in ([user], [result], [result, _message(1, "tool", _DUMMY_NAME, "Error: no")]):
             full = self._render([*start, _dummy_turn(new, "done"), *new], [_DUMMY_TOOL])
             self._compare([self.end_id, *self.following(new)], full, whole=False)
 
@@ -349,9 +370,14 @@ class ChatTemplate:
             raise BadInput(f"{self.tokenizer.name_or_path}: this chat template cannot be extended turn by turn")
 
 
+_DUMMY_NAME = "self_check_tool"  # a word that no template writes of its own
 _DUMMY_TOOL = {
     "type": "function",
-    "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}, "required": []}},
+    "function": {
+        "name": _DUMMY_NAME,
+        "description": "d",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    },
 }
 
 
@@ -360,7 +386,7 @@ def _dummy_turn(new: Sequence[dict], text: str) -> dict:
     results = [message for message in new if message["role"] == "tool"]
     if not results:
         return {"role": "assistant", "content": text}
-    calls = [AgentToolCall(name="f", arguments={"x": text}) for _ in results]
+    calls = [AgentToolCall(name=_DUMMY_NAME, arguments={"x": text}) for _ in results]
     return assistant_message(AgentTurn(tool_calls=calls), [message["tool_call_id"] for message in results])
 
 
@@ -368,7 +394,7 @@ def _message(position: int, role: str, name: str | None, content: str) -> dict:
     """A new message as the template sees it. Call ids are by position: no dialect that we parse writes them."""
     message = {"role": role, "content": content}
     if role == "tool":
-        message |= {"tool_call_id": f"call_{position}", "name": name or "f"}
+        message |= {"tool_call_id": f"call_{position}", "name": name or _DUMMY_NAME}
     return message
 
 
