@@ -89,9 +89,49 @@ def test_an_unclosed_call_does_not_swallow_the_next():
     assert calls[0].error and calls[1] == AgentToolCall("get_details_by_id", {"id": "L1"})
 
 
-def test_thinking_is_not_said_and_calls_inside_it_are_not_made():
-    assert parse_turn(f"<think>\nmaybe {GOOD}\n</think>\n\nHello", TOOLS).turn == AgentTurn(content="Hello")
-    assert parse_turn("maybe so</think>Hello", TOOLS).turn == AgentTurn(content="Hello")
+@pytest.mark.parametrize("opening", ["<think>\n", ""], ids=["sampled", "in the prompt"])
+@pytest.mark.parametrize(
+    "thought",
+    ["maybe so", f"I could do {GOOD} but no.", "<tool_call>{", "a <think> in it"],
+    ids=["words", "call", "open call", "tag"],
+)
+def test_thinking_is_not_said_and_calls_inside_it_are_not_made(opening, thought):
+    """Also where the generation prompt opens the thinking, so that the model only closes it."""
+    said = parse_turn(f"{opening}{thought}\n</think>\n\nHello", TOOLS)
+    assert said.turn == AgentTurn(content="Hello") and said.aside
+    other = GOOD.replace("L1", "L2")
+    called = parse_turn(f"{opening}{thought}\n</think>\n\n{other}", TOOLS)
+    assert called.turn.tool_calls == [AgentToolCall("get_details_by_id", {"id": "L2"})] and called.aside
+
+
+@pytest.mark.parametrize("before", ["", f"{GOOD}</think>"], ids=["alone", "after another"])
+def test_a_call_in_thinking_that_was_never_closed_is_not_made(before):
+    (call,) = parse_turn(f"{before}<think>I could do {GOOD}", TOOLS).turn.tool_calls
+    assert "empty" in call.error
+    assert parse_turn(f"{before}Hello <think>or {GOOD}", TOOLS).turn == AgentTurn(content="Hello")
+
+
+@pytest.mark.parametrize(
+    ("text", "aside"),
+    [
+        ("<think>x</think>Hello", "x"),
+        ("x</think>Hello", "x"),
+        ("Hello<think>x", "x"),
+        ("<think>x", "x"),
+        (f"<think>x</think>Let me look.\n{GOOD}", "x\nLet me look."),
+        ("<think>\n\n</think>\n\nHello", ""),  # Qwen3 without thinking
+        ("Hello", ""),
+    ],
+)
+def test_thoughts_are_kept_aside(text, aside):
+    assert parse_turn(text, TOOLS).aside == aside
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", GOOD, "a"]), max_size=8).map("".join))
+def test_only_what_follows_all_thinking_is_a_call(text):
+    said = text.split("</think>")[-1].split("<think>")[0]
+    made = [call for call in parse_turn(text, TOOLS).turn.tool_calls if not call.error]
+    assert len(made) == said.count(GOOD)
 
 
 @given(st.lists(st.sampled_from([*CONTROLS, "<|im_", "end|>", "start|>", "a", " "]), max_size=12).map("".join))

@@ -172,9 +172,10 @@ def text_of(turn):
     [
         lambda text: text.replace('", "arguments"', '","arguments"'),  # other spaces in the JSON of a call
         lambda text: "Let me look. " + text if text.startswith("<tool_call>") else text,  # text beside a call
+        lambda text: f"<think>hm</think>\n{text}" if text.startswith("<tool_call>") else text,
         lambda text: " " + text,
     ],
-    ids=["spacing", "aside", "space"],
+    ids=["spacing", "aside", "thought", "space"],
 )
 def test_a_turn_that_sft_would_render_otherwise_is_not_trained(make, template, smol_dir, say):
     model = NaturalTeacher(template)
@@ -190,6 +191,22 @@ def test_a_turn_that_sft_would_render_otherwise_is_not_trained(make, template, s
         assert kept and all(turn in turns for turn in kept) and len(kept) < len(turns)
     if not rows:
         assert "3 no turn to train" in output
+
+
+@pytest.mark.parametrize("thought", ["<think>hm</think>\n", "hm</think>\n"], ids=["sampled", "in the prompt"])
+def test_without_a_tokenizer_no_turn_is_trained_without_its_thoughts(make, template, smol_dir, thought):
+    model = NaturalTeacher(template)
+    model.say = lambda text: thought + text
+    samples = roll_out(smol_dir, model, BY_TYPE.values(), template)
+    _, output = make(samples, code=2)
+    assert "3 text beside a call, or a thought" in output
+
+
+def test_an_empty_thought_loses_no_row(make, template, smol_dir):
+    model = NaturalTeacher(template)
+    model.say = lambda text: "<think>\n\n</think>\n\n" + text
+    rows, _ = make(roll_out(smol_dir, model, BY_TYPE.values(), template))
+    assert len(rows) == 3
 
 
 def split(ids, end_id):
@@ -269,7 +286,7 @@ def test_what_is_dropped_is_counted_by_reason(make, natural):
         f"1 no episode, {other.metadata['tau2']['end_reason']}",
         "1 test task",
         "1 unknown task",
-        "1 text beside a call",
+        "1 text beside a call, or a thought",
         "1 call of a tool of the customer",
         "1 call that cannot be executed",
         "1 control token in a text",

@@ -33,7 +33,7 @@ MAX_QUOTED = 400  # characters of a broken call that are kept in the record
 
 @dataclass
 class ParsedTurn:
-    """One model turn: what is delivered (`turn`), and the text beside tool calls, which nobody is shown."""
+    """One model turn: what is delivered (`turn`), and what nobody is shown: thoughts, and text beside tool calls."""
 
     turn: AgentTurn
     aside: str = ""
@@ -45,20 +45,30 @@ def parse_turn(text: str, tools: Sequence[dict], control_tokens: Sequence[str] =
     text: the decoded turn, with or without its end token. tools: OpenAI schemas. control_tokens: token texts such as
     `<|im_start|>` that must never reach the customer. A call that cannot be executed (broken JSON, unclosed tag,
     unknown name, wrong argument names) becomes an `AgentToolCall` with `error`; an empty turn becomes one too, because
-    tau2 has no empty message. Never raises.
+    tau2 has no empty message. A call that the model only thought about is none. Never raises.
     """
-    spoken, bodies = _split_calls(text)
-    spoken = _strip_control(_strip_thinking(spoken), control_tokens)
+    thought, said = _split_thinking(text)
+    spoken, bodies = _split_calls(said)
+    spoken = _strip_control(spoken, control_tokens)
     if bodies:
-        return ParsedTurn(AgentTurn(tool_calls=[_read_call(body, closed, tools) for body, closed in bodies]), spoken)
+        calls = [_read_call(body, closed, tools) for body, closed in bodies]
+        return ParsedTurn(AgentTurn(tool_calls=calls), "\n".join(filter(None, (thought, spoken))))
     if not spoken:
-        return ParsedTurn(AgentTurn(tool_calls=[_invalid("", "the message is empty: write text or call a tool")]))
-    return ParsedTurn(AgentTurn(content=spoken))
+        calls = [_invalid("", "the message is empty: write text or call a tool")]
+        return ParsedTurn(AgentTurn(tool_calls=calls), thought)
+    return ParsedTurn(AgentTurn(content=spoken), thought)
+
+
+def _split_thinking(text: str) -> tuple[str, str]:
+    """What the model thought, and what it says. Thought is all up to the last `</think>`, as in Qwen3's template, for
+    generation prompts may end with `<think>`; and all behind a `<think>` that was never closed."""
+    before, _, rest = text.rpartition("</think>")
+    said, _, unclosed = rest.partition("<think>")
+    return re.sub("</?think>", "", before + unclosed).strip(), said
 
 
 def _split_calls(text: str) -> tuple[str, list[tuple[str, bool]]]:
     """Text outside the tags, and per call its body and whether its tag was closed."""
-    text = _drop_thinking_block(text)
     spoken, calls, rest = [], [], text
     while OPEN in rest:
         before, rest = rest.split(OPEN, 1)
@@ -77,23 +87,6 @@ def _split_calls(text: str) -> tuple[str, list[tuple[str, bool]]]:
         rest = ""
     spoken.append(rest)
     return "".join(spoken).strip(), calls
-
-
-def _drop_thinking_block(text: str) -> str:
-    """A tool call that the model only thought about is not a call."""
-    kept, rest = [], text
-    while "</think>" in rest and "<think>" in rest:
-        before, _, thought = rest.partition("<think>")
-        if "</think>" not in thought:
-            break
-        kept.append(before)
-        rest = thought.partition("</think>")[2]
-    return "".join([*kept, rest])
-
-
-def _strip_thinking(text: str) -> str:
-    """The rest of thinking: what stands before a lone `</think>`, or after a `<think>` that was never closed."""
-    return text.rsplit("</think>", 1)[-1].split("<think>", 1)[0].strip()
 
 
 def _strip_control(text: str, control_tokens: Sequence[str]) -> str:

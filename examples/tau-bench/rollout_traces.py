@@ -17,8 +17,8 @@ cannot be executed (also of a tool that only the customer has), or with text tha
 
 What is trained is what the model sampled. A turn stays in the dialogue but is not trained ("step_loss_mask": 0) where
 a tool refused its call, and, with a tokenizer, where SFT's rendering of it has other ids than the model sampled
-(spacing of JSON, text beside a call, another cut of the same text). Without a tokenizer, or from an evaluation, which
-holds no ids, an episode with text beside a call is dropped: no row can hold that text.
+(spacing of JSON, text beside a call, a thought, another cut of the same text). Without a tokenizer, or from an
+evaluation, which holds no ids, an episode with text beside a call or a thought is dropped: no row can hold that text.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _bad_example(episode: Recorded, has_template: bool) -> str | None:
     if problem := bad_calls(turns, record.get("customer_tool_calls", 0)):
         return problem
     if record.get("asides") and not (has_template and episode.sampled is not None):
-        return "text beside a call"
+        return "text beside a call, or a thought"
     if episode.sampled is not None and len(episode.sampled) != len(turns):
         return "tokens and messages differ"
     return None
