@@ -347,6 +347,17 @@ async def test_llm_customer_through_tau2s_own_simulator(fake_llm):
     assert user["args"] == {"temperature": 0.0, "timeout": 60, "num_retries": 4, "api_base": "http://x"}
 
 
+async def test_a_failed_call_of_the_customer_marks_no_other_with_its_id(fake_llm):
+    answers, _ = fake_llm  # all calls of this customer have the id "u1"
+    failing = {"name": "toggle_airplane_mode", "arguments": {"x": 1}}
+    answers += ["No service!", failing, {**failing, "arguments": {}}, "Works. ###STOP###"]
+    config = EpisodeConfig(user="openai/some-model")
+    episode, _ = await play(find_task("[service_issue]airplane_mode_on["), "Turn airplane mode off.", config=config)
+    results = [m for m in episode.simulation.messages if m.role == "tool"]
+    assert [(m.id, m.error) for m in results] == [("u1", True), ("u1", False)]
+    assert episode.reward == 1.0 and [c["sound"] for c in episode.checks["action_checks"]] == [True]
+
+
 @pytest.mark.parametrize("failure", [TimeoutError("slow"), ValueError("no content"), "   "])
 async def test_a_failing_llm_customer_is_no_reward(fake_llm, failure):
     answers, _ = fake_llm

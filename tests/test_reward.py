@@ -6,12 +6,22 @@ import statistics
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tau2_episode
 from generate_with_tau import check_args
 from slime_local.sample import Sample
-from tau2_episode import AgentToolCall, AgentTurn, BadInput, EpisodeConfig, load_tasks, run_episode, sound_matches
+from tau2_episode import (
+    HAND_OVER,
+    AgentToolCall,
+    AgentTurn,
+    BadInput,
+    EpisodeConfig,
+    load_tasks,
+    run_episode,
+    sound_matches,
+)
 from tau2_reward_shaping import (
     MOST_PENALTY,
     check_shaped_reward_spread,
@@ -163,6 +173,46 @@ async def test_one_call_counts_once():
     call = SimpleNamespace(id="1", name="f", requestor="assistant", arguments={"x": 1})
     message = SimpleNamespace(role="assistant", tool_calls=[call])
     assert sound_matches([action, action], [message]) == [True, False]
+
+
+def dialogue(turns, ids):
+    """tau2's messages of turns (who, calls (name, x, error)); the calls get the ids in order."""
+    message, ids = tau2_episode._tau2().message, iter(ids)
+    roles = {"assistant": message.AssistantMessage, "user": message.UserMessage}
+    messages = []
+    for who, made in turns:
+        calls = [message.ToolCall(id=next(ids), name=n, arguments={"x": x}, requestor=who) for n, x, _ in made]
+        messages.append(roles[who](role=who, tool_calls=calls or None, content=None if calls else "Hello."))
+        messages += [
+            message.ToolMessage(id=call.id, role="tool", requestor=who, error=error)
+            for call, (_, _, error) in zip(calls, made, strict=True)
+        ]
+    return messages
+
+
+NAMES = st.sampled_from(["f", "g", HAND_OVER])
+SIDES = st.sampled_from(["assistant", "user"])
+CALLS = st.lists(st.tuples(NAMES, st.integers(0, 1), st.booleans()), max_size=3)
+
+
+@settings(deadline=None)  # the first example imports tau2
+@given(
+    st.lists(st.tuples(SIDES, CALLS), max_size=8),
+    st.lists(st.tuples(NAMES, SIDES, st.integers(0, 1)), max_size=6),
+    st.lists(st.sampled_from(["", "call_0", "call_1"]), min_size=24, max_size=24),
+)
+def test_ids_of_calls_that_repeat_change_nothing(turns, wanted, ids):
+    """Some providers give no ids, or count the calls of each message from 0."""
+    actions = [
+        SimpleNamespace(name=name, requestor=who, arguments={"x": x}, compare_args=None) for name, who, x in wanted
+    ]
+    without_errors = [(who, [call for call in made if not call[2]]) for who, made in turns]
+    expected = sound_matches(actions, dialogue(without_errors, map(str, range(24))))
+    handed_over = ("assistant", HAND_OVER) in [(who, name) for who, made in without_errors for name, _, _ in made]
+    for some in (map(str, range(24)), ids):
+        messages = dialogue(turns, some)
+        assert sound_matches(actions, messages) == expected
+        assert tau2_episode._handed_over([], messages) == handed_over
 
 
 async def test_the_teacher_gets_all_of_it_and_a_truncated_episode_keeps_its_share():

@@ -19,6 +19,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -1165,10 +1166,20 @@ def _checks(task: Any, messages: list, reward_info: Any, domain: str) -> dict[st
 
 def _handed_over(gold: list, messages: list) -> bool:
     """Whether the agent gave the customer to a human where the task does not ask for it."""
-    failed = {m.id for m in messages if m.role == "tool" and m.error}
-    made = (call for m in messages for call in (getattr(m, "tool_calls", None) or []) if call.id not in failed)
-    called = any((call.name, call.requestor) == (HAND_OVER, "assistant") for call in made)
+    called = any((call.name, call.requestor) == (HAND_OVER, "assistant") for call in _made(messages))
     return called and not any(action.name == HAND_OVER for action in gold)
+
+
+def _made(messages: list) -> list:
+    """The calls of both sides that no tool answered with an error. A call is answered by the tool message in its place
+    behind the turn, as in tau2's own replay: ids need not differ, some providers count them anew in each message."""
+    made = []
+    for place, message in enumerate(messages, start=1):
+        calls = getattr(message, "tool_calls", None) or []
+        behind = itertools.takewhile(lambda other: other.role == "tool", messages[place:])
+        failed = [result.error for result in behind if result.requestor == message.role]
+        made += [call for call, error in itertools.zip_longest(calls, failed[: len(calls)]) if not error]
+    return made
 
 
 def sound_matches(gold: list, messages: list) -> list[bool]:
@@ -1176,9 +1187,7 @@ def sound_matches(gold: list, messages: list) -> list[bool]:
 
     Each call made counts for one gold action at most. `compare_args` is respected: [] accepts any arguments. So does a
     hand-over, whose only argument is a summary in free words."""
-    failed = {m.id for m in messages if m.role == "tool" and m.error}
-    made = [call for m in messages for call in (getattr(m, "tool_calls", None) or []) if call.id not in failed]
-    matches = []
+    made, matches = _made(messages), []
     for action in gold:
         hit = next((i for i, call in enumerate(made) if _same_action(action, call)), None)
         matches.append(hit is not None)
