@@ -1,5 +1,6 @@
 """Hugging Face model folders, looked at without loading anything."""
 
+import hashlib
 import json
 import struct
 from dataclasses import dataclass
@@ -131,6 +132,20 @@ def weight_files(path: Path) -> list[str]:
     if not isinstance(names, dict) or not all(isinstance(name, str) and "/" not in name for name in names.values()):
         raise UsageError(f"{index}: weight_map does not name the folder's weight files: copy the model again")
     return sorted(set(names.values()))
+
+
+def fingerprint(path: Path) -> str:
+    """Of a folder's weights, the same as model_server.py in examples/tau-bench takes it: an evaluation can then see
+    whether a server loaded what the folder holds by now."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for weights in sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]):
+        size = weights.stat().st_size
+        digest.update(f"{weights.name}:{size}".encode())
+        with weights.open("rb") as file:
+            for part in range(16):
+                file.seek(size * part // 16)
+                digest.update(file.read(65536))
+    return digest.hexdigest()[:16]
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

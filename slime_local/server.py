@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from slime_local.errors import UsageError
 from slime_local.lasting import lasting
@@ -26,8 +27,14 @@ BODY_SECONDS = 60.0  # in which a request's body has to arrive
 LONGEST_RID = 200  # characters of a request's own name
 
 
-def make_app(engine, model_path: str, max_requests: int = MAX_REQUESTS, body_seconds: float = BODY_SECONDS):
-    """The aiohttp application over an Engine."""
+def make_app(
+    engine,
+    model_path: str,
+    fingerprint: str = "",
+    max_requests: int = MAX_REQUESTS,
+    body_seconds: float = BODY_SECONDS,
+):
+    """The aiohttp application over an Engine. fingerprint: of the folder whose weights it has; "" in training."""
     from aiohttp import web
 
     from slime_local.engine import RequestError
@@ -81,6 +88,7 @@ def make_app(engine, model_path: str, max_requests: int = MAX_REQUESTS, body_sec
                 "model_path": model_path,
                 "tokenizer_path": model_path,
                 "is_generation": True,
+                "fingerprint": fingerprint,
                 "weight_version": str(engine.weight_version),
                 "max_context": engine.max_context,
                 "server": "slime_local",
@@ -141,7 +149,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def serve(engine, host: str = "127.0.0.1", port: int = 0, model_path: str = "") -> Iterator[tuple[str, int]]:
+def serve(
+    engine, host: str = "127.0.0.1", port: int = 0, model_path: str = "", fingerprint: str = ""
+) -> Iterator[tuple[str, int]]:
     """Serve `engine` from a thread of its own while the block runs; gives (host, port)."""
     from aiohttp import web
 
@@ -151,7 +161,7 @@ def serve(engine, host: str = "127.0.0.1", port: int = 0, model_path: str = "") 
     thread.start()
     # Of a client that has gone away the handler is cancelled, and the engine decodes no further for nobody.
     options = {"access_log": None, "shutdown_timeout": 1.0, "handler_cancellation": True}
-    runner = web.AppRunner(make_app(engine, model_path), **options)
+    runner = web.AppRunner(make_app(engine, model_path, fingerprint), **options)
 
     async def start():
         await runner.setup()
@@ -192,23 +202,25 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from slime_local.data import load_tokenizer
-    from slime_local.hf_folder import load_config
+    from slime_local.hf_folder import fingerprint, load_config
 
     if args.context_length < 2 or args.max_running_requests < 1 or args.seed < 0:
         raise UsageError("--context-length must be 2 or more, --max-running-requests 1 or more, --seed 0 or more")
     load_config(args.model_path)
+    folder = Path(args.model_path).resolve()  # what was typed means another folder to who asks from elsewhere
     bind(args.host, args.port).close()  # a busy port is told before the model loads
     with lasting():
         from slime_local.engine import Engine
         from slime_local.model import load_model
 
-    tokenizer = load_tokenizer(args.model_path)
-    model = load_model(args.model_path)
+    loaded = fingerprint(folder)  # before the weights: what is written from here on is not what it says
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder)
     options = {"seed": args.seed, "own_thread": False}
     engine = Engine(model, tokenizer, args.context_length, args.max_running_requests, **options)
-    with serve(engine, args.host, args.port, args.model_path) as (host, port):
+    with serve(engine, args.host, args.port, str(folder), loaded) as (host, port):
         dtypes = f"{model.compute_dtype}, products {model.product_dtype}"
-        print(f"serving {args.model_path} on http://{host}:{port} ({model.device}, {dtypes})", flush=True)
+        print(f"serving {folder} on http://{host}:{port} ({model.device}, {dtypes})", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             engine.run()
     return 0

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 from fake_generate import FakeModel, serving
+from safetensors.torch import load_file, save_file
 
 import evaluate_tau2
 import model_server
 from evaluate_tau2 import choose_tasks, main, task_stderr
 from openai_tool_adapter import load_chat_template
+from slime_local import hf_folder
 from tau2_teacher import AlwaysTransfer
 
 pytestmark = pytest.mark.usefixtures("own_signal_handler")
@@ -264,6 +266,61 @@ def test_a_server_of_another_model_is_refused(evaluate, model, capsys):
     assert code == 2 and result is None and "--served-as /models/other" in capsys.readouterr().err
     code, result = evaluate("--num-tasks", "1", "--served-as", "/models/other")
     assert code == 0 and result["pass_at_1"] == 1.0
+
+
+def test_a_path_that_is_not_whole_may_be_another_checkouts(
+    evaluate, model, tiny_model_dir, tmp_path, monkeypatch, capsys
+):
+    """SGLang gives the path as it was typed: runs/hf, and there is a runs/hf here too."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/hf").symlink_to(tiny_model_dir)
+    monkeypatch.chdir(tmp_path)
+    model.model_path = "runs/hf"
+    code, result = evaluate("--num-tasks", "1", "--checkpoint", "runs/hf")
+    refused = capsys.readouterr().err
+    assert code == 2 and result is None and "no whole path" in refused and "--served-as runs/hf" in refused
+    code, result = evaluate("--num-tasks", "1", "--checkpoint", "runs/hf", "--served-as", "runs/hf")
+    assert code == 0 and result["pass_at_1"] == 1.0
+    own = evaluate_tau2.parse_args(["--checkpoint", "runs/hf", "--output-path", "o.json"])
+    assert str(tiny_model_dir.resolve()) in model_server.server_command(own)[0], "sensitivity.py asks it several times"
+
+
+@pytest.fixture
+def served_folder(tiny_model_dir, tmp_path, unused_tcp_port):
+    """(folder, url) of a one-machine server that was told its folder by a path from where it was started."""
+    folder, log = tmp_path / "hf", tmp_path / "server.log"
+    shutil.copytree(tiny_model_dir, folder)
+    command = [sys.executable, "-m", "slime_local.server", "--model-path", "hf", "--port", str(unused_tcp_port)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path, start_new_session=True)
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    try:
+        model_server.wait_until_ready(model_server.Server(url, {}, process, log))
+        yield folder, url
+    finally:
+        model_server.stop(process)
+
+
+def test_a_server_says_which_folder_and_weights_it_loaded(served_folder, tmp_path, capsys):
+    folder, url = served_folder
+    info = model_server.ask_model_info(url)
+    assert (info["model_path"], info["fingerprint"]) == (str(folder.resolve()), model_server.fingerprint(folder))
+    assert model_server.check_serves(info, url, str(folder)) is info
+    weights = {name: tensor + 1 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})  # as --save-hf does
+    flags = ["--checkpoint", str(folder), "--sglang-port", url.rpartition(":")[2], "--prompt", "short"]
+    flags += ["--num-tasks", "1", "--max-turn-tokens", "8", "--output-path", str(tmp_path / "o.json")]
+    for named in ([], ["--served-as", str(folder)]):
+        assert main([*flags, *named]) == 2 and "has other weights than" in capsys.readouterr().err
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_server_and_evaluation_take_the_same_fingerprint(tmp_path):
+    """Neither may import the other."""
+    files = {"config.json": 300, "b.safetensors": 3_000_000, "a.safetensors": 10, "pytorch_model-1.bin": 70_000}
+    for name, size in files.items():
+        (tmp_path / name).write_bytes(os.urandom(size))
+    assert hf_folder.fingerprint(tmp_path) == model_server.fingerprint(tmp_path)
 
 
 def test_a_server_elsewhere_needs_only_config_and_tokenizer_here(model, tiny_model_dir, tmp_path, capsys):

@@ -84,7 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num-tasks", type=int, help="so many tasks, evenly over the split (default: all)")
     add("--sglang-port", type=int, default=30000, help="where the server is or will be")
     add("--server-address", metavar="HOST:PORT", help="a server elsewhere; none is started")
-    add("--served-as", metavar="NAME", help="what that server calls the checkpoint, where it is not its folder")
+    add("--served-as", metavar="NAME", help="what that server calls the checkpoint, where it is not its whole path")
     add("--domain", default="telecom")
     add("--task-split", "--task-split-name", default="test")
     add("--agent", choices=[CHECKPOINT, chat_agent.CHAT, *AGENTS], default=CHECKPOINT)

@@ -78,7 +78,8 @@ def has_weights(folder: Path) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a model folder's weights: sizes and 16 samples of each file, so that 8 GB take no time."""
+    """Of a model folder's weights: sizes and 16 samples of each file, so that 8 GB take no time. slime_local's server
+    takes the same of what it loads."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         size = path.stat().st_size
@@ -123,7 +124,7 @@ def running_server(args: Any, meanwhile: Callable[[], object] = lambda: None) ->
     url = f"http://{address}"
     info = ask_model_info(url)
     if info is not None:
-        yield Server(url, check_serves(info, url, args.served_as or args.checkpoint))
+        yield Server(url, check_serves(info, url, args.checkpoint, args.served_as))
     elif args.server_address:
         raise BadInput(f"--server-address {address}: no server answers there")
     else:
@@ -156,13 +157,29 @@ def _not_a_server(url: str) -> dict:
     raise BadInput(f"{url} is taken by something that is no model server (no /model_info): give another --sglang-port")
 
 
-def check_serves(info: dict, url: str, checkpoint: str) -> dict:
+def check_serves(info: dict, url: str, checkpoint: str, served_as: str | None = None) -> dict:
+    """The server's `info`. Raises BadInput unless that is of the folder `checkpoint`, with the weights that it holds.
+
+    served_as: what the server calls it, by the user's word. Without, only a whole path will do: SGLang gives it as it
+    was typed, and from where is not known. Only slime_local's server says which weights it loaded."""
     served = str(info.get("model_path", ""))
-    if not served or Path(served).resolve() != Path(checkpoint).resolve():
+    if served and not served_as and not os.path.isabs(served):
+        raise BadInput(
+            f"the server at {url} calls its model {served}, which is no whole path and can be another folder than "
+            f"{checkpoint}: start it with the whole path, or say --served-as {served} where it is the same"
+        )
+    wanted = served_as or checkpoint
+    if not served or Path(served).resolve() != Path(wanted).resolve():
         served = served or "an unnamed model"
         raise BadInput(
-            f"the server at {url} serves {served}, not {checkpoint}: "
+            f"the server at {url} serves {served}, not {wanted}: "
             f"stop it, give another --sglang-port, or say --served-as {served}"
+        )
+    folder = Path(checkpoint)
+    if "fingerprint" in info and has_weights(folder) and info["fingerprint"] != fingerprint(folder):
+        raise BadInput(
+            f"the server at {url} has other weights than {checkpoint} holds now: start it again, or give another "
+            "--sglang-port"
         )
     return info
 
@@ -210,7 +227,7 @@ def weights_changed(server: Server, checkpoint: str, before: str) -> str | None:
         return f"{checkpoint} holds other weights now"
     with contextlib.suppress(BadInput):
         info = ask_model_info(server.url) or {}
-        for name in ("model_path", "weight_version"):
+        for name in ("model_path", "fingerprint", "weight_version"):
             if name in info and info[name] != server.model_info.get(name):
                 return f"the server at {server.url} has other weights now ({name} {info[name]})"
     return None
@@ -220,7 +237,7 @@ def server_command(args: Any) -> tuple[list[str], dict[str, str]]:
     """sglang where it is installed beside a GPU, else slime_local's server. Raises BadInput when there is neither."""
     here = Path(__file__).resolve().parents[2]
     environment = {**os.environ}
-    model = ["--model-path", args.checkpoint, "--port", str(args.sglang_port)]
+    model = ["--model-path", str(Path(args.checkpoint).resolve()), "--port", str(args.sglang_port)]
     if shutil.which("nvidia-smi") and importlib.util.find_spec("sglang"):
         return [sys.executable, "-m", "sglang.launch_server", *model], environment
     if (here / "slime_local").is_dir():
