@@ -204,6 +204,35 @@ def test_another_checkpoint_under_the_same_path_is_noticed(evaluate, tiny_model_
     assert code == 2 and "model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"])
+def test_a_mended_tokenizer_or_chat_template_is_noticed(evaluate, model, tiny_model_dir, tmp_path, capsys, name):
+    folder = tmp_path / "hf"
+    shutil.copytree(tiny_model_dir, folder)
+    flags = ["--num-tasks", "1", "--checkpoint", str(folder), "--served-as", str(tiny_model_dir)]
+    assert evaluate(*flags)[0] == 0
+    asked, before = len(model.requests), evaluate.rows.read_bytes()
+    with (folder / name).open("a") as file:
+        file.write("\n")
+    assert evaluate(*flags)[0] == 2 and "tokenizer_and_template" in capsys.readouterr().err
+    assert len(model.requests) == asked and evaluate.rows.read_bytes() == before
+
+
+def test_rows_from_before_the_tokenizer_was_noted_are_refused_and_compared(evaluate, model, capsys):
+    code, result = evaluate("--num-tasks", "1")
+    assert code == 0
+    first, *rows = evaluate.rows.read_text().splitlines(keepends=True)
+    old = json.loads(first)
+    del old["settings"]["tokenizer_and_template"], result["settings"]["tokenizer_and_template"]
+    evaluate.rows.write_text("".join([json.dumps(old) + "\n", *rows]))
+    code, _ = evaluate("--num-tasks", "1")
+    error = capsys.readouterr().err
+    assert code == 2 and "tokenizer_and_template not noted, now '" in error and len(error.splitlines()) == 1
+    old_result = evaluate.output.with_name("old.json")
+    old_result.write_text(json.dumps(result))
+    assert main(["compare", str(old_result), str(evaluate.output)]) == 0
+    assert main(["rescore", str(old_result)]) == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 

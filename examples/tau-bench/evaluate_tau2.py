@@ -40,7 +40,15 @@ from tqdm import tqdm
 
 import chat_agent
 from generate_with_tau import TURN_TOKENS, TokenAgent, TokenLimits, close_session, model_context, sampling_seed
-from model_server import Server, check_checkpoint, fingerprint, has_weights, running_server, weights_changed
+from model_server import (
+    Server,
+    check_checkpoint,
+    fingerprint,
+    has_weights,
+    running_server,
+    text_fingerprint,
+    weights_changed,
+)
 from openai_tool_adapter import ChatTemplate, load_chat_template
 from tau2_episode import (
     PROMPTS,
@@ -290,6 +298,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in (*names.split(), "max_context_len", "redraw_ids")}
     if repeats_itself(args.user, args.user_args):
         chosen["user_args"] = {}  # the plain customer, named or not
+    if args.agent == CHECKPOINT:
+        chosen["tokenizer_and_template"] = text_fingerprint(Path(args.checkpoint))
     return {**chosen, "model": model_identity(args), "tau2": tau2_version(), "format": ROWS_FORMAT}
 
 

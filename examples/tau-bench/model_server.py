@@ -39,6 +39,11 @@ LOG_LINES = 20  # of a server that died
 PROGRESS_SECONDS = 30  # between lines in a log
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# What else decides the ids of a dialogue.
+TEXT_FILES = (
+    *TOKENIZERS,
+    *("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja"),
+)
 CONVERTER = (
     "python tools/convert_torch_dist_to_hf.py --input-dir {folder} --output-dir {folder}_hf --origin-hf-dir HF_DIR"
 )
@@ -88,6 +93,16 @@ def fingerprint(folder: Path) -> str:
             for part in range(16):
                 file.seek(size * part // 16)
                 digest.update(file.read(65536))
+    return digest.hexdigest()[:16]
+
+
+def text_fingerprint(folder: Path) -> str:
+    """Of a model folder's tokenizer and chat template: of the whole files, those that are there."""
+    digest = hashlib.sha256()
+    for path in (folder / name for name in TEXT_FILES):
+        if path.is_file():
+            digest.update(f"{path.name}:{path.stat().st_size}".encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -112,7 +112,7 @@ class RowsFile:
     def _check(self, there: dict) -> None:
         other = [key for key in self.settings | there if self.settings.get(key) != there.get(key)]
         if other:
-            differences = ", ".join(f"{key} {there.get(key)!r}, now {self.settings.get(key)!r}" for key in other)
+            differences = ", ".join(f"{key} {_told(there, key)}, now {_told(self.settings, key)}" for key in other)
             raise BadInput(f"{self.path} was made with other settings ({differences}): choose another --output-path")
 
     def stamp(self) -> dict[str, Any]:
@@ -136,6 +136,11 @@ class RowsFile:
         except OSError as error:
             self.file.truncate(before)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+
+def _told(settings: dict, key: str) -> str:
+    """A setting as text; versions of this program differ in what they note."""
+    return repr(settings[key]) if key in settings else "not noted"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
