@@ -85,6 +85,54 @@ def test_runs_of_other_customers_or_limits_are_refused_unless_told(runs, tmp_pat
     assert "DIFFERENT max_steps" in capsys.readouterr().out
 
 
+def with_settings(path, folder, name, **changed):
+    """A copy of the result with other settings."""
+    result = read(path)
+    result["settings"] |= changed
+    (folder / f"{name}.json").write_text(json.dumps(result))
+    return str(folder / f"{name}.json")
+
+
+@pytest.mark.parametrize("limit", ["max_turn_tokens", "max_context_len"])
+def test_runs_with_other_token_limits_are_refused(runs, tmp_path, capsys, limit):
+    teacher = runs / "teacher.json"
+    one, other = (with_settings(teacher, tmp_path, str(value), **{limit: value}) for value in (1024, 96))
+    assert main(["compare", one, other]) == 2
+    assert f"{limit} 1024 and 96" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{"redraw_ids": True}, *({"user_args": {"mood": mood}} for mood in ("mixed", "persona", "misreads"))],
+)
+def test_other_seeds_are_refused_where_they_draw_other_customers(runs, tmp_path, capsys, chosen):
+    one, other, same = (
+        with_settings(runs / "teacher.json", tmp_path, name, seed=seed, **chosen)
+        for name, seed in (("one", 1), ("other", 2), ("same", 1))
+    )
+    assert main(["compare", one, other]) == 2
+    assert "seed 1 and 2" in capsys.readouterr().err
+    assert main(["compare", one, same]) == 0
+
+
+def test_the_plain_customer_with_its_own_ids_is_the_same_with_every_seed(runs, tmp_path):
+    other = str(tmp_path / "other.json")
+    assert main(["--agent", "teacher", *COUNT, "--seed", "7", "--output-path", other]) == 0
+    assert read(other)["settings"]["seed"] == 7
+    assert main(["compare", str(runs / "teacher.json"), other]) == 0
+
+
+def test_equal_differences_tell_no_size_that_would_show(runs, tmp_path, capsys):
+    results = [read(runs / "teacher.json") for _ in range(2)]
+    for name, result, solved in zip(("none", "all"), results, (False, True), strict=True):
+        result |= {key: result[key][:4] for key in ("results", "simulations")}
+        for row in result["results"]:
+            row |= {"solved": solved, "reward": float(solved), "partial_score": float(solved)}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    assert main(["compare", str(tmp_path / "none.json"), str(tmp_path / "all.json")]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("the data cannot tell none and all apart on pass@1")
+
+
 def test_a_reader_that_has_gone_is_no_error(runs):
     """`compare ... | head -1`."""
     reading, writing = os.pipe()

@@ -6,7 +6,7 @@
 Every later run is compared with the first, task by task and trial by trial. The interval draws tasks (bootstrap), the
 p-value swaps the runs within each task (randomisation); only where both agree are two runs told apart. Runs with
 different customers, prompts or limits are refused, for their difference would not be the model's: `--anyway` compares
-them and says what differs.
+them and says what differs. So are runs of different seeds where the seed decides who a task's customer is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from tau2_metrics import Difference, flips, paired_difference
 from tau2_results import read_result, write_json
 
 # Settings that belong to the benchmark and not to the model.
-SHARED = ("domain", "prompt", "user", "user_args", "max_steps", "max_errors", "redraw_ids", "tau2", "format")
+SHARED = ("domain", "prompt", "user", "user_args", "max_steps", "max_errors", "max_turn_tokens", "max_context_len")
+SHARED += ("redraw_ids", "tau2", "format")
 QUANTITIES = {"pass_at_1": "solved", "avg_reward": "reward", "avg_partial_score": "partial_score"}
 NAMES = {"pass_at_1": "pass@1", "avg_reward": "average reward", "avg_partial_score": "partial score"}
 SHOWN_FLIPS = 20
@@ -73,7 +74,8 @@ def compare(results: Sequence[dict], names: Sequence[str], anyway: bool = False)
 
 
 def _pair(a: dict, b: dict, name_a: str, name_b: str, anyway: bool) -> dict[str, Any]:
-    differing = {key: [a["settings"].get(key), b["settings"].get(key)] for key in SHARED}
+    shared = SHARED + ("seed",) * any(seed_draws_customer(result["settings"]) for result in (a, b))
+    differing = {key: [a["settings"].get(key), b["settings"].get(key)] for key in shared}
     differing["customer"] = [a["customer"], b["customer"]]  # its version, beside the settings
     differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
     if {"user", "user_args"} & differing.keys():
@@ -104,6 +106,13 @@ def _pair(a: dict, b: dict, name_a: str, name_b: str, anyway: bool) -> dict[str,
     }
 
 
+def seed_draws_customer(settings: dict[str, Any]) -> bool:
+    """Whether the seed decides who a task's customer is: its name and numbers, or its mood, wordings and slips."""
+    user_args = settings.get("user_args")
+    in_a_mood = isinstance(user_args, dict) and user_args.get("mood", "plain") != "plain"
+    return bool(settings.get("redraw_ids")) or in_a_mood
+
+
 def _mean(rows: Sequence[dict], key: str, wanted: set) -> float:
     values = [row[key] for row in rows if (row["task_id"], row["trial"]) in wanted]
     return sum(values) / len(values)
@@ -118,8 +127,9 @@ def verdict(difference: Difference, a: str, b: str, changed: int) -> str:
         return (
             f"{better} solves more than {worse}: pass@1 {abs(difference.value):.3f} higher ({p_value(difference.p)})"
         )
-    told = f"the data cannot tell {a} and {b} apart on pass@1: {difference.tasks} tasks show differences of about "
-    told += f"{difference.detectable:.2f}"
+    told = f"the data cannot tell {a} and {b} apart on pass@1"
+    if difference.detectable:  # not so where every task differs by as much
+        told += f": {difference.tasks} tasks show differences of about {difference.detectable:.2f}"
     if difference.needed:
         told += f"; one of {abs(difference.value):.3f} would take some {difference.needed:,} tasks like these"
     return told
