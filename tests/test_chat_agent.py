@@ -365,6 +365,9 @@ def test_a_weak_model_that_does_not_call_the_probe_is_evaluated(evaluate, provid
         (["--agent-llm-args", '{"timeout": 0}'], "timeout"),
         (["--agent-llm-args", '{"timeout": Infinity}'], "timeout"),
         (["--agent-llm-args", '{"num_retries": -1}'], "num_retries"),
+        (["--agent-llm-args", '{"temperature": "1.0"}'], "temperature"),
+        (["--agent-llm-args", '{"temperature": -1}'], "temperature"),
+        (["--agent-llm-args", '{"max_completion_tokens": 1.5}'], "max_completion_tokens"),
         (["--agent-key-env", "NO_SUCH_VARIABLE"], "NO_SUCH_VARIABLE"),
         (["--agent-key-env", "sk-abcdefghijklmnop"], "not a key"),
         (["--max-context-len", "100"], "--max-context-len"),
@@ -422,6 +425,30 @@ def test_trials_are_sampled_with_seeds_of_their_own(evaluate, provider):
     code, _ = evaluate("--num-tasks", "2", "--num-trials", "2", "--temperature", "0.7")
     first = [r["seed"] for r in provider.requests if len(r["messages"]) == 3]
     assert code == 0 and len(set(first)) == 4 and {r["temperature"] for r in provider.requests} == {0.7}
+
+
+@pytest.mark.parametrize(
+    "arguments, temperature, limit, is_seeded",
+    [
+        ({"temperature": 1.0, "max_tokens": 33, "timeout": 60}, 1.0, 33, True),
+        ({"temperature": 0}, 0, 1024, False),
+        ({"temperature": None, "max_tokens": None, "max_completion_tokens": 2048}, None, 2048, True),
+        ({"max_tokens": None}, 0.7, None, True),
+    ],
+)
+def test_the_result_records_what_is_sent(evaluate, provider, arguments, temperature, limit, is_seeded):
+    _, result = evaluate(*("--num-tasks", "1", "--temperature", "0.7"), *("--agent-llm-args", json.dumps(arguments)))
+    _, *requests = provider.requests
+    for recorded in (result, result["settings"]):
+        assert (recorded["temperature"], recorded["max_turn_tokens"]) == (temperature, limit)
+    sent = {name: value for name, value in requests[0].items() if name not in ("model", "messages", "tools", "seed")}
+    assert result["info"]["agent_info"]["llm_args"] == sent and sent.get("temperature") == temperature
+    assert [("seed" in request) for request in requests] == [is_seeded] * len(requests)
+
+
+def test_a_temperature_among_the_arguments_is_sampled_with_seeds(evaluate, provider):
+    assert evaluate("--num-tasks", "2", "--agent-llm-args", '{"temperature": 1.0}')[0] == 0
+    assert len({r["seed"] for r in provider.requests if len(r["messages"]) == 3}) == 2
 
 
 def test_what_stays_broken_is_owed_and_the_same_command_runs_only_that(evaluate, provider, capsys):

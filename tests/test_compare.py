@@ -194,6 +194,14 @@ def test_rescoring_mends_rewards_that_were_tampered_with(mixed, tmp_path, capsys
     assert read(again)["pass_at_1"] == honest < 1 and "28 of 28" in capsys.readouterr().out
 
 
+def test_a_model_that_nobody_asked_is_not_shown(runs, tmp_path, capsys):
+    """--agent-llm beside another agent was once accepted and recorded."""
+    (tmp_path / "x.json").write_text(json.dumps(read(runs / "always-transfer.json") | {"agent_llm": "gpt-x"}))
+    assert main(["rescore", str(tmp_path / "x.json")]) == 0
+    out = capsys.readouterr().out
+    assert "gpt-x" not in out and "always-transfer" in out.splitlines()[0]
+
+
 def test_rescoring_redrawn_ids(tmp_path, capsys):
     output = tmp_path / "redrawn.json"
     flags = ["--agent", "teacher", "--redraw-ids", "--num-tasks", "4", "--num-trials", "2"]

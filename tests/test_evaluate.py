@@ -275,6 +275,9 @@ def test_what_is_no_hf_folder_is_refused_with_the_converting_command(run_script,
         (["--agent", "teacher", "--num-trials", "0"], "--num-trials"),
         (["--agent", "teacher", "--max-steps", "0"], "max_steps"),
         (["--agent", "teacher", "--temperature", "-1"], "--temperature"),
+        (["--agent", "always-transfer", "--agent-llm", "gpt-x"], "--agent-llm is of --agent chat"),
+        (["--checkpoint", "x", "--agent-base-url", "http://127.0.0.1:8000/v1"], "--agent-base-url is of --agent chat"),
+        (["--checkpoint", "x", "--agent-llm-args", '{"top_p": 0.9}'], "--agent-llm-args is of --agent chat"),
     ],
 )
 def test_bad_flags(tmp_path, capsys, flags, named):

@@ -156,6 +156,13 @@ def test_runs_without_a_task_in_common_have_no_comparison(report, runs):
     assert "sft and grpo have no task and trial in common" in text and "grpo against sft" not in text
 
 
+def test_the_model_of_a_chat_agent_is_named(report, runs):
+    chat = {**runs["sft"], "agent": "chat", "checkpoint": None, "agent_llm": "my-model-7b"}
+    text = text_of(report({"chat": chat}))
+    assert "the model “my-model-7b”" in text and "scripted agent" not in text
+    assert "my-model-7b" not in text_of(report({"floor": {**chat, "agent": "always-transfer"}}))
+
+
 def test_runs_with_another_customer_are_marked(report, runs):
     html = report({**runs, "grpo": {**runs["grpo"], "customer": {"kind": "llm", "model": "gpt-4.1"}}})
     assert "Not the same measurement: the runs differ in customer (scripted version 1 / llm model gpt-4.1)" in text_of(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -33,6 +34,7 @@ from tau2_llm_customer import PREFLIGHT_RETRIES, mask, wrong_arguments
 CHAT = "chat"
 KEY_VARIABLE = "OPENAI_API_KEY"
 DEFAULTS = {"timeout": 300, "num_retries": 4}
+TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")  # of one answer; where both are sent, the first counts
 OURS = ("model", "messages", "tools", "stream", "n", "api_base", "base_url")
 PREFLIGHT_TOKENS, PREFLIGHT_SECONDS = 256, 60
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # what providers accept in a dialogue
@@ -72,6 +74,14 @@ class Endpoint:
             attempts=1 + self.num_retries,
             read=_read_completion,
         )
+
+    def sent(self) -> dict[str, Any]:
+        """What every request holds besides the dialogue: null leaves a field out."""
+        return {name: value for name, value in self.params.items() if value is not None}
+
+    def token_limit(self) -> int | None:
+        """Of one answer; None where the endpoint decides."""
+        return next((self.params[name] for name in TOKEN_LIMITS if self.params.get(name) is not None), None)
 
     def key(self) -> str:
         return os.environ.get(self.key_variable, "").strip()
@@ -175,7 +185,7 @@ def _check_finished(answer: dict, endpoint: Endpoint) -> None:
         raise EndEpisode(EndReason.RESPONSE_CUT, "the endpoint's content filter cut the turn")
     if finish == "length":
         generated = _count_tokens(answer["usage"]).get("generated")
-        limit = endpoint.params.get("max_completion_tokens") or endpoint.params.get("max_tokens")
+        limit = endpoint.token_limit()
         is_full = generated is not None and limit is not None and generated < limit
         reason = EndReason.CONTEXT_FULL if is_full else EndReason.RESPONSE_CUT
         raise EndEpisode(reason, f"the turn did not end within {'its' if generated is None else generated} tokens")
@@ -272,7 +282,8 @@ def make_chat_agents(
 ) -> tuple[Callable[[str, int], ChatAgent], Callable[[], None]]:
     """(make_agent(task_id, trial), preflight()). Both raise BadInput for flags or an endpoint that cannot be used."""
     endpoint = make_endpoint(args, who)
-    is_seeded = args.temperature > 0 and "seed" not in endpoint.params
+    # An endpoint that is told no temperature samples with one of its own.
+    is_seeded = endpoint.params["temperature"] != 0 and "seed" not in endpoint.params
 
     def make(task_id: str, trial: int) -> ChatAgent:
         return ChatAgent(endpoint, sampling_seed(args.seed, task_id, trial) if is_seeded else None)
@@ -289,7 +300,8 @@ def make_endpoint(args: argparse.Namespace, who: str = "agent") -> Endpoint:
     if args.max_context_len is not None:
         raise BadInput(f"--max-context-len is the endpoint's own with --agent {CHAT}: leave it out")
     settings = {**DEFAULTS, **args.agent_llm_args}
-    if problem := wrong_arguments(f"--{who}-llm-args: the {who}'s", settings, OURS, args.agent_key_env):
+    whose = f"--{who}-llm-args: the {who}'s"
+    if problem := wrong_arguments(whose, settings, OURS, args.agent_key_env) or _wrong_sampling(whose, settings):
         raise BadInput(problem)
     if settings.get("seed") is not None:
         raise BadInput(f"--{who}-llm-args: seeds come from --seed, one for each turn; null sends none")
@@ -304,6 +316,17 @@ def make_endpoint(args: argparse.Namespace, who: str = "agent") -> Endpoint:
         timeout,
         num_retries,
     )
+
+
+def _wrong_sampling(whose: str, settings: dict[str, Any]) -> str:
+    """What is wrong with what a result records of the sampling; "" when nothing is."""
+    temperature = settings.get("temperature")
+    if temperature is not None and not (type(temperature) in (int, float) and 0 <= temperature < math.inf):
+        return f"{whose} argument temperature must be a number, 0 or more, or null to leave it out"
+    for name in TOKEN_LIMITS:
+        if settings.get(name) is not None and type(settings[name]) is not int:
+            return f"{whose} argument {name} must be a whole number, or null to leave it out"
+    return ""
 
 
 def _base_url(url: str, flag: str = "--agent-base-url") -> str:
@@ -359,7 +382,7 @@ async def check_endpoint(endpoint: Endpoint) -> None:
 
 
 def _at_most(params: dict, tokens: int) -> dict:
-    limits = [name for name in ("max_tokens", "max_completion_tokens") if isinstance(params.get(name), int)]
+    limits = [name for name in TOKEN_LIMITS if params.get(name) is not None]
     return {**params, **{name: min(params[name], tokens) for name in limits}}
 
 

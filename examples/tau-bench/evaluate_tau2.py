@@ -239,6 +239,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_args(args: argparse.Namespace) -> None:
+    for flag in ("agent_llm", "agent_base_url", "agent_llm_args"):
+        if getattr(args, flag) and args.agent != chat_agent.CHAT:
+            given = f"--{flag.replace('_', '-')}"
+            raise BadInput(
+                f"{given} is of --agent {chat_agent.CHAT}: give that in place of {args.agent}, or leave it out"
+            )
     for flag in ("num_trials", "max_concurrency", "max_turn_tokens", "max_context_len", "sglang_port"):
         if getattr(args, flag) is not None and not 1 <= getattr(args, flag) <= MOST.get(flag, math.inf):
             most = f" and at most {MOST[flag]:,}" if flag in MOST else ""
@@ -294,13 +300,21 @@ def tasks_to_play(args: argparse.Namespace) -> list:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What two rows must share to be counted together."""
-    names = "domain task_split agent prompt user user_args seed max_steps max_errors temperature max_turn_tokens"
-    chosen = {name: getattr(args, name) for name in (*names.split(), "max_context_len", "redraw_ids")}
+    names = "domain task_split agent prompt user user_args seed max_steps max_errors max_context_len redraw_ids"
+    chosen = {**{name: getattr(args, name) for name in names.split()}, **sampling(args)}
     if repeats_itself(args.user, args.user_args):
         chosen["user_args"] = {}  # the plain customer, named or not
     if args.agent == CHECKPOINT:
         chosen["tokenizer_and_template"] = text_fingerprint(Path(args.checkpoint))
     return {**chosen, "model": model_identity(args), "tau2": tau2_version(), "format": ROWS_FORMAT}
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """How the agent's turns are sampled: of a chat agent what its requests hold, None where its endpoint decides."""
+    if args.agent != chat_agent.CHAT:
+        return {"temperature": args.temperature, "max_turn_tokens": args.max_turn_tokens}
+    endpoint = chat_agent.make_endpoint(args)
+    return {"temperature": endpoint.params["temperature"], "max_turn_tokens": endpoint.token_limit()}
 
 
 def model_identity(args: argparse.Namespace) -> str | dict | None:
@@ -487,10 +501,11 @@ def customer_of(rows: list[dict]) -> dict[str, Any]:
 
 def about(args: argparse.Namespace, customer: dict, made_with: dict) -> dict[str, Any]:
     """What was evaluated, and how. made_with: the settings that the rows carry."""
-    names = "domain task_split agent prompt seed num_trials temperature max_steps max_errors max_turn_tokens"
+    names = "domain task_split agent prompt seed num_trials max_steps max_errors redraw_ids"
     return {
         "checkpoint": args.checkpoint if args.agent == CHECKPOINT else None,
-        **{name: getattr(args, name) for name in (*names.split(), "redraw_ids")},
+        **{name: getattr(args, name) for name in names.split()},
+        **sampling(args),
         "agent_llm": args.agent_llm,
         "seeds": [args.seed + trial for trial in range(args.num_trials)],
         "customer": customer,
@@ -500,11 +515,13 @@ def about(args: argparse.Namespace, customer: dict, made_with: dict) -> dict[str
 
 def agent_info(args: argparse.Namespace) -> dict[str, Any]:
     """The agent in tau2's terms."""
-    model = {CHECKPOINT: args.checkpoint, chat_agent.CHAT: args.agent_llm}.get(args.agent)
-    if model is None:
-        return {"implementation": args.agent}
-    llm_args = {"temperature": args.temperature, "max_tokens": args.max_turn_tokens, **args.agent_llm_args}
-    return {"implementation": args.agent, "llm": model, "llm_args": llm_args}
+    if args.agent == chat_agent.CHAT:
+        sent = chat_agent.make_endpoint(args).sent()
+        return {"implementation": args.agent, "llm": args.agent_llm, "llm_args": sent}
+    if args.agent == CHECKPOINT:
+        llm_args = {"temperature": args.temperature, "max_tokens": args.max_turn_tokens}
+        return {"implementation": args.agent, "llm": args.checkpoint, "llm_args": llm_args}
+    return {"implementation": args.agent}
 
 
 def numbers(rows: list[dict], floor: float | None) -> dict[str, Any]:
@@ -626,7 +643,7 @@ def print_report(summary: dict, path: str) -> None:
     trials = f" x {summary['num_trials']} trials" if summary["num_trials"] > 1 else ""
     kinds = summary["by_issue_type"].items()
     lines = [
-        ("agent", summary["checkpoint"] or summary.get("agent_llm") or summary["agent"]),
+        ("agent", summary["checkpoint"] or _chat_model(summary) or summary["agent"]),
         ("tasks", f"{summary['domain']} {summary['task_split']}, {summary['total_tasks']} tasks{trials}"),
         ("customer, prompt", f"{customer}, {summary['prompt']} prompt, seed {summary['seed']}"),
         (
@@ -651,6 +668,11 @@ def print_report(summary: dict, path: str) -> None:
         ("written to", path),
     ]
     print("\n".join(f"{name:<18}{text}" for name, text in lines if text))
+
+
+def _chat_model(summary: dict) -> str | None:
+    """The name of a chat agent's model. (Results of other agents once recorded a name that nobody was asked by.)"""
+    return summary.get("agent_llm") if summary["agent"] == chat_agent.CHAT else None
 
 
 def interval(estimate: dict) -> str:

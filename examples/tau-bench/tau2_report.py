@@ -165,6 +165,7 @@ class Result(Loose):
     customer: dict[str, Any] = {}
     prompt: Any = None
     agent: Any = None
+    agent_llm: Any = None
     checkpoint: Any = None
     domain: Any = None
     task_split: Any = None
@@ -412,7 +413,7 @@ def _conditions(result: Result) -> dict[str, str]:
     )
     versions = {name: str(version) for name, version in result.versions.items() if version}
     return {
-        "Checkpoint": _text(result.checkpoint) or f"none: the scripted agent “{result.agent}”",
+        "Checkpoint": _model(result),
         "Customer": " ".join(
             f"{value}" if key == "kind" else f"{key} {value}" for key, value in result.customer.items()
         ),
@@ -431,6 +432,12 @@ def _conditions(result: Result) -> dict[str, str]:
         "Git commit": versions.pop("git", ""),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
+
+
+def _model(result: Result) -> str:
+    if result.agent == "chat":
+        return f"none here: the model “{_text(result.agent_llm)}” behind a chat-completions endpoint"
+    return _text(result.checkpoint) or f"none: the scripted agent “{result.agent}”"
 
 
 def _text(value: Any) -> str:
