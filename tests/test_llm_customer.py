@@ -417,10 +417,11 @@ def test_traces_leave_a_failed_customer_out(provider, base, tmp_path, capsys):
     fail_for(provider, tasks[0])
     args = json.dumps({"api_base": base, "num_retries": 0})
     flags = ["--local_dir", str(tmp_path), "--tasks", str(file), "--user", MODEL, "--user-args", args]
-    assert teacher_traces.main(flags) == 0
+    assert teacher_traces.main(flags) == 1
     (row,) = (tmp_path / "teacher_traces.jsonl").read_text().splitlines()
     assert json.loads(row)["metadata"]["user"]["model"] == MODEL
-    assert "1 not solved, user_failed" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "1 not solved, user_failed" in told.out and "incomplete: 1 episodes broke off" in told.err
 
 
 @pytest.fixture
