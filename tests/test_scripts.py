@@ -53,6 +53,19 @@ def test_the_check_names_what_is_missing(script, tmp_path):
     assert done.returncode == 2 and str(tmp_path / "nothing") in done.stderr and "Traceback" not in done.stderr
 
 
+def test_what_is_made_of_a_model_lies_beside_it():
+    sft, grpo = (parse_args(printed(s, HF_DIR="/m/M", HOST="local"), "local") for s in ("run_sft.sh", "run_grpo.sh"))
+    assert sft.save == grpo.ref_load == "/m/M_sft_telecom" and grpo.save == "/m/M_rl_telecom"
+    assert str(sft.prompt_data) == "/m/tau2-telecom/teacher_traces.jsonl"
+
+
+def test_an_evaluation_is_printed_and_has_no_check(tmp_path):
+    done = run("run_eval.sh", "--num-tasks", "3", PRINT=1, CHECKPOINT=tmp_path / "iter_0000003", OUTPUT=tmp_path / "o")
+    assert done.returncode == 0 and done.stdout.split()[-2:] == ["--num-tasks", "3"] and not list(tmp_path.iterdir())
+    done = run("run_eval.sh", CHECK=1, CHECKPOINT=tmp_path)
+    assert done.returncode == 2 and "CHECK=1 belongs to" in done.stderr
+
+
 def test_an_evaluation_needs_a_checkpoint():
     done = run("run_eval.sh")
     assert done.returncode != 0 and "CHECKPOINT" in done.stderr
