@@ -6,6 +6,7 @@
 # both on the 40 test tasks, and of the last with ids drawn anew -> a table.
 # RFT_ROUNDS=2 puts RFT between them: SFT on the model's own episodes, those it solved and those that the teacher mended.
 # KL=0.1 holds GRPO to the model that it starts from; with SFT_ROLLOUTS=70 GRPO_ROLLOUTS=18 GRPO does the larger part.
+# MOOD=mixed KL=0.1 GRPO_ROLLOUTS=9 trains on and with customers of all moods, terse ones and such as misread a setting.
 # Everything lands in $RUN_DIR; run it again after an interruption and it goes on where it was. For a run with other
 # settings (SEED=1 ...), choose another RUN_DIR.
 set -euo pipefail
