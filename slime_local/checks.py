@@ -158,8 +158,9 @@ def _check_save_hf(args: Namespace) -> None:
     if not args.save_hf:
         return
     with contextlib.suppress(LookupError, ValueError, AttributeError):  # _check_templates says so
-        for rollout_id in range(args.num_rollout or 1):
-            _check_replaced(Path(args.save_hf.format(rollout_id=rollout_id)), args)
+        folders = {args.save_hf.format(rollout_id=rollout_id) for rollout_id in range(args.num_rollout or 1)}
+        for folder in sorted(folders):
+            _check_replaced(Path(folder), args)
 
 
 def _check_replaced(folder: Path, args: Namespace) -> None:

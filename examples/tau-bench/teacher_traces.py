@@ -187,17 +187,18 @@ def draws_new_ids(task_id: str, seed: int, share: float) -> bool:
 
 
 def _outcome(episode: Episode, turns: list[dict], source: dict, config: EpisodeConfig) -> Outcome:
-    row = make_row(episode, source, config)
-    dropped = None
+    dropped = _why_dropped(episode, turns)
+    return {"row": None if dropped else make_row(episode, source, config), "dropped": dropped}
+
+
+def _why_dropped(episode: Episode, turns: list[dict]) -> str | None:
     if not episode.solved:
-        dropped = f"not solved, {episode.end_reason.value}"
-    elif problem := bad_calls(turns, episode.customer_tool_calls):
-        dropped = problem
-    elif all(turn.get("step_loss_mask") == 0 for turn in turns):
-        dropped = "no turn to train"
-    elif holds_control_text(row["prompt"]):
-        dropped = "control token in a text"
-    return {"row": None if dropped else row, "dropped": dropped}
+        return f"not solved, {episode.end_reason.value}"
+    if problem := bad_calls(turns, episode.customer_tool_calls):
+        return problem
+    if all(turn.get("step_loss_mask") == 0 for turn in turns):
+        return "no turn to train"
+    return "control token in a text" if holds_control_text(episode.messages) else None
 
 
 class Journal:
