@@ -284,6 +284,61 @@ static void gated(const float *gate_up, float *out, int64_t m, int64_t ffn) {
     }
 }
 
+void norm(const float *x, const float *weight, float *y, int64_t m, int64_t n, double eps, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    norm_rows(x, weight, y, m, n, eps);
+}
+
+/* Gradients of `norm`, given that by y: dx [m][n] and dw [n], the sum of each thread's part, which begins as zeros in
+   sum_dw [threads][n]. With s = 1 / sqrt(mean(x^2) + eps): dx = s (grad w - x s^2 mean(grad w x)). */
+void norm_backward(const float *x, const float *weight, const float *grad, float *dx, float *dw, float *sum_dw, int64_t m,
+                   int64_t n, double eps, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        float *part = sum_dw + omp_get_thread_num() * n;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < m; r++) {
+            const float *row = x + r * n, *by_y = grad + r * n;
+            float squares = 0, inner = 0;
+            for (int64_t i = 0; i < n; i++) {
+                squares += row[i] * row[i];
+                inner += by_y[i] * weight[i] * row[i];
+            }
+            float scale = 1 / sqrtf(squares / n + (float)eps), along = inner * scale * scale / n;
+            for (int64_t i = 0; i < n; i++) {
+                dx[r * n + i] = scale * (by_y[i] * weight[i] - row[i] * along);
+                part[i] += by_y[i] * row[i] * scale;
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++) {
+            dw[i] = 0;
+            for (int64_t t = 0; t < threads; t++) dw[i] += sum_dw[t * n + i];
+        }
+    }
+}
+
+void gate(const float *gate_up, float *out, int64_t m, int64_t ffn, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    gated(gate_up, out, m, ffn);
+}
+
+/* The gradient of `gate` by gate_up [m][2 F], given that by out, and once more its result `out` [m][F]. */
+void gate_backward(const float *gate_up, const float *grad, float *by_gate_up, float *out, int64_t m, int64_t ffn,
+                   int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < m; r++) {
+        const float *gate = gate_up + r * 2 * ffn, *up = gate + ffn, *by_out = grad + r * ffn;
+        float *by_gate = by_gate_up + r * 2 * ffn, *by_up = by_gate + ffn;
+        for (int64_t j = 0; j < ffn; j++) {
+            float share = 1 / (1 + exponential(-gate[j])), silu = gate[j] * share;
+            out[r * ffn + j] = silu * up[j];
+            by_up[j] = by_out[j] * silu;
+            by_gate[j] = by_out[j] * up[j] * (share + silu * (1 - share));
+        }
+    }
+}
+
 /* Half-split rotary embedding, as in Hugging Face checkpoints, after the norm of Qwen3's heads where there is one. */
 static void rotate(float *x, const float *weight, const float *cos, const float *sin, int64_t dim, double eps) {
     if (weight) norm_vector(x, weight, x, dim, eps);

@@ -159,6 +159,51 @@ def room_for_rounded(weight: Tensor, rows: int, n_in: int) -> Tensor | None:
     return torch.empty(rows, n_in + n_in % 2)
 
 
+# ---- element by element ------------------------------------------------------------------------------------------
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of fp32 x [..., n] with a weight [n]."""
+    x, y = x.contiguous(), torch.empty(x.shape)
+    _call("norm", (x, weight.contiguous(), y), _rows(x), ctypes.c_double(eps))
+    return y
+
+
+def norm_backward(x: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients by x and weight of `norm`, given that by its result."""
+    x, dx, dw = x.contiguous(), torch.empty(x.shape), torch.empty(weight.shape)
+    sums = torch.zeros(torch.get_num_threads(), len(weight))
+    _call("norm_backward", (x, weight.contiguous(), grad.contiguous(), dx, dw, sums), _rows(x), ctypes.c_double(eps))
+    return dx, dw
+
+
+def gate(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: fp32 [T, 2 F] -> [T, F]."""
+    gate_up = gate_up.contiguous()
+    out = torch.empty(len(gate_up), gate_up.shape[1] // 2)
+    _call("gate", (gate_up, out), _rows(out))
+    return out
+
+
+def gate_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `gate` by gate_up, given that by its result, and its result once more."""
+    gate_up = gate_up.contiguous()
+    by_gate_up, out = torch.empty(gate_up.shape), torch.empty(grad.shape)
+    _call("gate_backward", (gate_up, grad.contiguous(), by_gate_up, out), _rows(out))
+    return by_gate_up, out
+
+
+def _rows(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
+    """How many rows, and how wide."""
+    width = x.shape[-1]
+    return ctypes.c_int64(x.numel() // width), ctypes.c_int64(width)
+
+
+def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple, *more: ctypes.c_double) -> None:
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+    getattr(library(), name)(*pointers, *sizes, *more, ctypes.c_int64(torch.get_num_threads()))
+
+
 # ---- attention in training ---------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slime_local.advantages import approx_kl
 from slime_local.batching import TrainSample
+from slime_local.model import gradient_dtype
 from slime_local.plugins import load_function
 
 CHUNK_ELEMENTS = 2**24  # float32 logits kept at once: 64 MiB
@@ -96,7 +97,8 @@ class TokenLogProbs(torch.autograd.Function):
         if to_weight:
             ctx.save_for_backward(hidden, weight, targets)
         elif to_hidden:
-            expected = all_log_probs.exp_().to(hidden.dtype) @ weight.to(hidden.dtype)
+            dtype = gradient_dtype(model.product_dtype, hidden.device)
+            expected = (all_log_probs.exp_().to(dtype) @ weight.to(dtype)).to(hidden.dtype)
             ctx.save_for_backward((weight[targets] - expected) / temperature)
         return log_probs, entropies
 
@@ -109,9 +111,10 @@ class TokenLogProbs(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         by_logits = _all_log_probs(ctx.model, hidden, ctx.temperature).exp_().mul_(-grad[:, None])
         by_logits[torch.arange(len(targets), device=targets.device), targets] += grad
-        by_logits = by_logits.div_(ctx.temperature).to(hidden.dtype)
-        grad_hidden = by_logits @ weight.to(hidden.dtype) if to_hidden else None
-        return grad_hidden, (by_logits.t() @ hidden).to(weight.dtype), None, None, None, None
+        dtype = gradient_dtype(ctx.model.product_dtype, hidden.device)
+        by_logits = by_logits.div_(ctx.temperature).to(dtype)
+        grad_hidden = (by_logits @ weight.to(dtype)).to(hidden.dtype) if to_hidden else None
+        return grad_hidden, (by_logits.t() @ hidden.to(dtype)).to(weight.dtype), None, None, None, None
 
 
 def _all_log_probs(model: nn.Module, hidden: Tensor, temperature: float) -> Tensor:

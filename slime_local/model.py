@@ -133,20 +133,33 @@ class GatedProduct(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor, weight: Tensor, operand: Operand) -> Tensor:
         ctx.save_for_backward(gate_up, weight)
         ctx.dtype = operand.dtype
-        gate, up = gate_up.chunk(2, dim=-1)
-        return operand.learn(F.silu(gate).mul_(up), weight)
+        return operand.learn(gated(gate_up), weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         gate_up, weight = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
         rounded = grad.to(gradient_dtype(ctx.dtype, grad.device))
-        gated = F.silu(gate)
-        by_product = _by_input(rounded, weight).to(grad.dtype)
-        by_up = by_product * gated
-        by_gate = torch.ops.aten.silu_backward(by_product.mul_(up), gate)
-        to_weight = _by_weight(rounded, gated.mul_(up).to(rounded.dtype), weight) if ctx.needs_input_grad[1] else None
-        return torch.cat((by_gate, by_up), dim=-1), to_weight, None
+        by_gate_up, product = gated_backward(gate_up, _by_input(rounded, weight).to(grad.dtype))
+        to_weight = _by_weight(rounded, product.to(rounded.dtype), weight) if ctx.needs_input_grad[1] else None
+        return by_gate_up, to_weight, None
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: [T, 2 F] -> [T, F]."""
+    if kernels.available(gate_up.dtype, gate_up.dtype, gate_up.device):
+        return kernels.gate(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gated_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `gated` by gate_up, given that by its result, and its result once more."""
+    if kernels.available(gate_up.dtype, gate_up.dtype, gate_up.device):
+        return kernels.gate_backward(gate_up, grad)
+    gate, up = gate_up.chunk(2, dim=-1)
+    silu = F.silu(gate)
+    by_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return torch.cat((by_gate, grad * silu), dim=-1), silu * up
 
 
 class Linear(nn.Module):
@@ -207,8 +220,7 @@ class Mlp(nn.Module):
         gate_up = self.linear_fc1(rms_norm(x, self.linear_fc1.layer_norm_weight, self.eps))
         if torch.is_grad_enabled() and gate_up.requires_grad:
             return GatedProduct.apply(gate_up, self.linear_fc2.weight, self.linear_fc2.operand)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.linear_fc2(F.silu(gate) * up)
+        return self.linear_fc2(gated(gate_up))
 
 
 class Layer(nn.Module):
@@ -343,9 +355,25 @@ class Transformer(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, in fp32 whatever the dtype of x."""
+    if kernels.available(x.dtype, x.dtype, x.device):
+        return KernelNorm.apply(x, weight, eps)
     if x.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+class KernelNorm(torch.autograd.Function):
+    """`rms_norm` that keeps nothing but x; torch's keeps the normed x too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return kernels.norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *kernels.norm_backward(*ctx.saved_tensors, grad, ctx.eps), None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The compiled kernels beside torch: products, the decoder over any step, and what happens without them."""
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -15,7 +16,7 @@ from slime_local.compiled_decoder import CompiledDecoder, fits
 from slime_local.engine import KV_PANEL
 from slime_local.hf_folder import FAMILIES, parse_config
 from slime_local.kept_attention import KeptAttention
-from slime_local.model import Linear, Transformer
+from slime_local.model import Linear, Transformer, rms_norm
 from slime_local.prefixes import decode_plan
 
 CPU = torch.device("cpu")
@@ -86,6 +87,57 @@ def test_a_trained_product_in_bf16_is_the_engines_and_its_gradients_are_near():
         assert (found - expected).norm() < 0.01 * expected.norm()
 
 
+@contextlib.contextmanager
+def torch_threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@settings(max_examples=40, deadline=None)
+@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=2), n=st.integers(1, 70), threads=st.integers(1, 3))
+def test_the_norm_and_its_gradients_are_torchs(shape, n, threads):
+    x, weight = torch.randn(*shape, n + 5)[..., :n].requires_grad_(), torch.randn(n, requires_grad=True)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    expected = torch.nn.functional.rms_norm(exact[0], (n,), exact[1], 1e-5)
+    grad = torch.randn_like(x)
+    with torch_threads(threads):
+        found = rms_norm(x, weight, 1e-5)
+        found.backward(grad)
+    expected.backward(grad.double())
+    for mine, theirs in ((found, expected), (x.grad, exact[0].grad), (weight.grad, exact[1].grad)):
+        torch.testing.assert_close(mine.double(), theirs, atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(0, 20), ffn=st.integers(1, 70), spread=st.sampled_from([1, 200]), threads=st.integers(1, 3))
+def test_the_gate_and_its_gradient_are_torchs(rows, ffn, spread, threads):
+    gate_up, grad = torch.randn(rows, 2 * ffn) * spread, torch.randn(rows, ffn)
+    exact = gate_up.double().requires_grad_()
+    gate, up = exact.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    expected.backward(grad.double())
+    with torch_threads(threads):
+        out = kernels.gate(gate_up)
+        by_gate_up, again = kernels.gate_backward(gate_up, grad)
+    torch.testing.assert_close(again, out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(by_gate_up.double(), exact.grad, atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+def test_the_norms_gradient_has_the_same_bits_in_every_run():
+    x, weight, grad = torch.randn(500, 64), torch.randn(64), torch.randn(500, 64)
+    with torch_threads(3):
+        first, *others = [kernels.norm_backward(x, weight, grad, 1e-5) for _ in range(6)]
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
 def reference_attention(q, k, v):
     """(out, log-sum-exps) of the last n of m positions, in the dtype of q."""
     n, m = len(q), len(k)
@@ -109,15 +161,12 @@ def test_attention_in_training_is_exact_and_in_bf16_near(n, before, kv, group, d
     inputs = torch.randn(n, kv, group, dim), torch.randn(n + before, kv, dim), torch.randn(n + before, kv, dim)
     exact = [tensor.double().requires_grad_() for tensor in inputs]
     expected, expected_sums = reference_attention(*exact)
-    grad, before_threads = torch.randn_like(inputs[0]), torch.get_num_threads()
+    grad = torch.randn_like(inputs[0])
     expected.backward(grad.double())
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         out, sums = kernels.attend(*inputs, torch.float32)
         rounded = kernels.attend(*inputs, torch.bfloat16) if has_bf16() else (out, sums)
         found = kernels.attend_backward(*inputs, *rounded, grad) if has_bf16() else []
-    finally:
-        torch.set_num_threads(before_threads)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(sums.double(), expected_sums, atol=1e-5, rtol=1e-5)
     assert (rounded[0] - expected).norm() < 0.01 * expected.norm()
@@ -130,13 +179,9 @@ def test_attention_in_training_is_exact_and_in_bf16_near(n, before, kv, group, d
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_gradient_of_attention_has_the_same_bits_in_every_run(threads):
     inputs = torch.randn(300, 3, 2, 64), torch.randn(300, 3, 64), torch.randn(300, 3, 64)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         out, sums = kernels.attend(*inputs, torch.bfloat16)
         first, *others = [kernels.attend_backward(*inputs, out, sums, torch.ones_like(out)) for _ in range(6)]
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
