@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
+import mmap
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -118,7 +120,7 @@ class Slot:
         if n > capacity:
             shape = list(self.kv.shape)
             shape[3] = -(-max(n, capacity * 5 // 4) // KV_BLOCK) * KV_BLOCK
-            grown = self.kv.new_empty(shape)
+            grown = room_of_its_own(shape, self.kv)
             _copy(self.kv, grown, len(self.tokens))
             self.kv = grown
 
@@ -126,6 +128,17 @@ class Slot:
         self.tokens = []
         self.reserve(n)
         _copy(donor.kv, self.kv, n)
+
+
+def room_of_its_own(shape: list[int], like: Tensor) -> Tensor:
+    """A tensor of this shape whose memory the system gets back at once when it goes. In malloc's heap, which training
+    takes turns with, slots of all sizes would leave holes."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def _copy(kv: Tensor, to: Tensor, n: int) -> None:

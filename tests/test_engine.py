@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from slime_local import kernels
-from slime_local.engine import Engine, RequestError, SamplingParams, sample
+from slime_local.engine import Engine, RequestError, SamplingParams, room_of_its_own, sample
 from slime_local.model import load_model
 from slime_local.prefixes import common_prefix
 from slime_local.server import serve
@@ -108,6 +110,21 @@ def test_any_batch_is_exact(model, tokenizer, prompts):
             assert len(answer["output_ids"]) == answer["meta_info"]["completion_tokens"]
     finally:
         engine.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells a process's size there")
+def test_the_room_of_a_slot_goes_back_to_the_system_at_once():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    room = room_of_its_own([2, 3, 50_000_000], torch.empty(0, dtype=torch.bfloat16))
+    assert room.shape == (2, 3, 50_000_000) and room.dtype == torch.bfloat16
+    view = room.fill_(1)[1]
+    del room
+    assert resident() > before + 500_000_000
+    del view
+    assert resident() < before + 100_000_000
 
 
 async def test_a_new_episode_starts_from_the_shared_prefix(engine):
