@@ -323,18 +323,17 @@ void gate(const float *gate_up, float *out, int64_t m, int64_t ffn, int64_t thre
     gated(gate_up, out, m, ffn);
 }
 
-/* The gradient of `gate` by gate_up [m][2 F], given that by out, and once more its result `out` [m][F]. */
-void gate_backward(const float *gate_up, const float *grad, float *by_gate_up, float *out, int64_t m, int64_t ffn,
-                   int64_t threads) {
+/* In place: gate_up [m][2 F] becomes the gradient of `gate` by it, and the gradient by its result, `out` [m][F], that
+   result. */
+void gate_backward(float *gate_up, float *out, int64_t m, int64_t ffn, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < m; r++) {
-        const float *gate = gate_up + r * 2 * ffn, *up = gate + ffn, *by_out = grad + r * ffn;
-        float *by_gate = by_gate_up + r * 2 * ffn, *by_up = by_gate + ffn;
+        float *gates = gate_up + r * 2 * ffn, *ups = gates + ffn, *outs = out + r * ffn;
         for (int64_t j = 0; j < ffn; j++) {
-            float share = 1 / (1 + exponential(-gate[j])), silu = gate[j] * share;
-            out[r * ffn + j] = silu * up[j];
-            by_up[j] = by_out[j] * silu;
-            by_gate[j] = by_out[j] * up[j] * (share + silu * (1 - share));
+            float gate = gates[j], up = ups[j], grad = outs[j], share = 1 / (1 + exponential(-gate)), silu = gate * share;
+            outs[j] = silu * up;
+            ups[j] = grad * silu;
+            gates[j] = grad * up * (share + silu * (1 - share));
         }
     }
 }

@@ -186,11 +186,10 @@ def gate(gate_up: Tensor) -> Tensor:
 
 
 def gate_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of `gate` by gate_up, given that by its result, and its result once more."""
-    gate_up = gate_up.contiguous()
-    by_gate_up, out = torch.empty(gate_up.shape), torch.empty(grad.shape)
-    _call("gate_backward", (gate_up, grad.contiguous(), by_gate_up, out), _rows(out))
-    return by_gate_up, out
+    """The gradient of `gate` by gate_up, given that by its result, and its result once more: in the memory of both,
+    which are contiguous."""
+    _call("gate_backward", (gate_up, grad), _rows(grad))
+    return gate_up, grad
 
 
 def _rows(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:

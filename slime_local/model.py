@@ -127,7 +127,8 @@ def _by_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 class GatedProduct(torch.autograd.Function):
-    """silu(gate) * up, times a weight [n_out, F]: gate_up [T, 2 F] -> [T, n_out]. Only gate_up is kept."""
+    """silu(gate) * up, times a weight [n_out, F]: gate_up [T, 2 F] -> [T, n_out]. Only gate_up is kept, and its memory
+    is the gradient's: backward can be called once."""
 
     @staticmethod
     def forward(ctx, gate_up: Tensor, weight: Tensor, operand: Operand) -> Tensor:
@@ -153,7 +154,8 @@ def gated(gate_up: Tensor) -> Tensor:
 
 
 def gated_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of `gated` by gate_up, given that by its result, and its result once more."""
+    """The gradient of `gated` by gate_up, given that by its result, and its result once more; in their memory where
+    there are kernels."""
     if kernels.available(gate_up.dtype, gate_up.dtype, gate_up.device):
         return kernels.gate_backward(gate_up, grad)
     gate, up = gate_up.chunk(2, dim=-1)
