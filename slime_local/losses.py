@@ -88,17 +88,19 @@ class TokenLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, model, temperature, with_entropy):
         all_log_probs = _all_log_probs(model, hidden, temperature)
         log_probs = all_log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        entropies = None
-        if with_entropy:
-            entropies = -torch.linalg.vecdot(all_log_probs.exp(), all_log_probs)
-            ctx.mark_non_differentiable(entropies)
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         ctx.model, ctx.temperature = model, temperature
+        made_here = to_hidden and not to_weight
+        probs = all_log_probs.exp() if with_entropy or made_here else None
+        entropies = None
+        if with_entropy:  # a product of rows and columns: the numbers in between are kept nowhere
+            entropies = -torch.bmm(probs[:, None], all_log_probs[..., None]).flatten()
+            ctx.mark_non_differentiable(entropies)
         if to_weight:
             ctx.save_for_backward(hidden, weight, targets)
-        elif to_hidden:
+        elif made_here:
             dtype = gradient_dtype(model.product_dtype, hidden.device)
-            expected = (all_log_probs.exp_().to(dtype) @ weight.to(dtype)).to(hidden.dtype)
+            expected = (probs.to(dtype) @ weight.to(dtype)).to(hidden.dtype)
             ctx.save_for_backward((weight[targets] - expected) / temperature)
         return log_probs, entropies
 
