@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from slime_local import tracking
 from slime_local.checkpoint import find_start, saved_iterations
 from slime_local.data import read_numbered_rows, row_tools, split_slice
 from slime_local.errors import UsageError
@@ -65,9 +66,11 @@ def check(args: Namespace, host: str) -> None:
     local = [
         _check_family,
         _check_start,
+        _check_outputs,
         _check_overwriting,
         _check_templates,
         _check_save_hf,
+        tracking.check,
         _check_port,
         _check_memory,
     ]
@@ -128,6 +131,17 @@ def _check_start(args: Namespace) -> None:
     told_already = any(_is_iteration(folder) for _, folder, _ in _checkpoint_folders(args))
     if args.hf_checkpoint is not None and not args.debug_rollout_only and not told_already:
         find_start(args)
+
+
+def _check_outputs(args: Namespace) -> None:
+    lines = []
+    for name in ("save", "save_hf", "tensorboard_dir"):
+        value = getattr(args, name)
+        in_the_way = [str(path) for path in (Path(value), *Path(value).parents) if path.is_file()] if value else []
+        if in_the_way:
+            lines.append(f"--{name.replace('_', '-')} {value}: {in_the_way[0]} is a file: give a folder")
+    if lines:
+        raise UsageError("\n".join(lines))
 
 
 def _check_overwriting(args: Namespace) -> None:

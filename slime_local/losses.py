@@ -174,7 +174,7 @@ def policy_loss(
     if args.use_opsm:
         kept = ~((advantages < 0) & (sequence_kl > args.opsm_delta))
         pg = pg * kept
-        metrics["opsm_clipfrac"] = reducer(samples, per_token=False)((~kept).float())
+        metrics["opsm_clipfrac"] = _opsm_clipfrac(samples, ~kept)
     pg_masks = None
     if args.use_tis or args.get_mismatch_metrics:
         pg, pg_masks, tis_metrics = _importance_correction(args, samples, pg, trainer_log_probs)
@@ -211,6 +211,12 @@ def _sequence_kl(samples: list[TrainSample], old: Tensor, new: Tensor) -> Tensor
         mean = (difference * sample.loss_mask).sum() / sample.loss_mask.sum().clamp_min(1)
         parts.append(mean.expand(sample.response_length))
     return torch.cat(parts)
+
+
+def _opsm_clipfrac(samples: list[TrainSample], dropped: Tensor) -> Tensor:
+    """slime's: what is dropped of each sample's whole response, over its tokens under the loss, summed up."""
+    parts = dropped.float().split([sample.response_length for sample in samples])
+    return sum(part.sum() / sample.loss_mask.sum().clamp_min(1) for part, sample in zip(parts, samples, strict=True))
 
 
 def _surrogate(args: Namespace, ppo_kl: Tensor, log_probs: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:

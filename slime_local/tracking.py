@@ -5,6 +5,7 @@ import math
 import os
 import time
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,28 @@ from slime_local.errors import UsageError
 METRICS_FILE = "metrics.jsonl"
 
 
+def check(args: Namespace) -> None:
+    """Raise UsageError when a place is asked for that cannot work: not installed, no folder named."""
+    if args.use_tensorboard:
+        if _tensorboard_folder(args) is None:
+            raise UsageError("--use-tensorboard needs --tensorboard-dir, TENSORBOARD_DIR or --tb-project-name")
+        if find_spec("tensorboard") is None:
+            raise UsageError("--use-tensorboard: TensorBoard is not installed (pip install tensorboard)")
+    if args.use_wandb:
+        if args.wandb_key is not None:
+            raise UsageError("--wandb-key can be read by anyone on this machine: set WANDB_API_KEY instead")
+        if find_spec("wandb") is None:
+            raise UsageError("--use-wandb: Weights & Biases is not installed (pip install wandb)")
+
+
 class Tracker:
     """Writes numbers to every place that the flags name; slime's flags, slime's places.
 
-    Raises UsageError when one of them is asked for but cannot work (not installed, no folder named).
+    Raises UsageError as `check`.
     """
 
     def __init__(self, args: Namespace) -> None:
+        check(args)
         self.file = Path(args.save) / METRICS_FILE if args.save else None
         self.tensorboard = _tensorboard(args) if args.use_tensorboard else None
         self.wandb = _wandb(args) if args.use_wandb else None
@@ -79,27 +95,23 @@ def _json_number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _tensorboard(args: Namespace) -> Any:
+def _tensorboard_folder(args: Namespace) -> str | None:
     folder = os.environ.get("TENSORBOARD_DIR") or args.tensorboard_dir
     if not folder and args.tb_project_name:
         name = args.tb_experiment_name or time.strftime("%Y%m%d_%H%M%S")
         folder = f"tensorboard_log/{args.tb_project_name}/{name}"
-    if not folder:
-        raise UsageError("--use-tensorboard needs --tensorboard-dir, TENSORBOARD_DIR or --tb-project-name")
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UsageError("--use-tensorboard: TensorBoard is not installed (pip install tensorboard)") from error
-    return SummaryWriter(folder)
+    return folder or None
+
+
+def _tensorboard(args: Namespace) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(_tensorboard_folder(args))
 
 
 def _wandb(args: Namespace) -> Any:
-    if args.wandb_key is not None:
-        raise UsageError("--wandb-key can be read by anyone on this machine: set WANDB_API_KEY instead")
-    try:
-        import wandb
-    except ImportError as error:
-        raise UsageError("--use-wandb: Weights & Biases is not installed (pip install wandb)") from error
+    import wandb
+
     group = args.wandb_group
     if group and args.wandb_random_suffix:
         group = f"{group}_{wandb.util.generate_id()}"
