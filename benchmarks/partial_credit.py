@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from rollout_traces import load_samples, rollout_files
-from tau2_episode import BadInput, EndReason
+from tau2_episode import EndReason
+from tau2_errors import BadInput
 from tau2_results import read_result
 from tau2_reward_shaping import ALPHA, MATCHINGS, by_group, group_metrics
 

@@ -46,16 +46,8 @@ from slime_local.errors import UsageError
 from slime_local.flags import HONOURED, load_flags, parse_args
 from slime_local.model import load_model
 from slime_local.train_data import load_debug_samples
-from tau2_episode import (
-    AgentTurn,
-    BadInput,
-    EndEpisode,
-    EpisodeConfig,
-    _read_task,
-    agent_tools,
-    load_tasks,
-    run_episode,
-)
+from tau2_episode import AgentTurn, EndEpisode, EpisodeConfig, _read_task, agent_tools, load_tasks, run_episode
+from tau2_errors import BadInput
 from tau2_users import ScriptedCustomer
 
 pytestmark = [

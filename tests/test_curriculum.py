@@ -18,7 +18,7 @@ import tau2_curriculum
 from slime_local.sample import Sample
 from slime_local.train_data import save_debug_samples
 from tau2_curriculum import CurriculumDataSource, check_args
-from tau2_episode import BadInput
+from tau2_errors import BadInput
 from tau2_reward_shaping import process_all_samples
 
 HOOK = "tau2_reward_shaping.process_all_samples"

@@ -21,7 +21,6 @@ from tau2_episode import (
     HAND_OVER,
     AgentToolCall,
     AgentTurn,
-    BadInput,
     EpisodeConfig,
     default_customer,
     load_split_ids,
@@ -29,6 +28,7 @@ from tau2_episode import (
     run_episode,
     task_type,
 )
+from tau2_errors import BadInput
 from tau2_recited import RecitedCustomer
 from tau2_reward_shaping import partial_score, shaped_reward
 from tau2_teacher import HANDOVER, AlwaysTransfer, DoNothing

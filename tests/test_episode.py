@@ -15,7 +15,6 @@ import tau2_episode
 from tau2_episode import (
     AgentToolCall,
     AgentTurn,
-    BadInput,
     EndEpisode,
     EndReason,
     EpisodeConfig,
@@ -27,6 +26,7 @@ from tau2_episode import (
     run_episode,
     system_prompt,
 )
+from tau2_errors import BadInput
 from tau2_teacher import AlwaysTransfer, DoNothing, ScriptedTeacher
 
 PHONE = "555-123-2002"

@@ -11,7 +11,8 @@ import generate_with_tau
 from generate_with_tau import TokenAgent, TokenLimits, check_args, close_session, generate
 from openai_tool_adapter import ChatTemplate, load_chat_template
 from slime_local.sample import Sample
-from tau2_episode import BadInput, EpisodeConfig, issue_type, load_tasks, run_episode
+from tau2_episode import EpisodeConfig, issue_type, load_tasks, run_episode
+from tau2_errors import BadInput
 
 TASKS = {issue_type(task.id): task for task in load_tasks("telecom", "test")}
 PARAMS = {"temperature": 0.7, "max_new_tokens": 4096, "stop_token_ids": None, "no_stop_trim": True}

@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 import tau2_episode
 from generate_with_tau import check_args
 from slime_local.sample import Sample
-from tau2_episode import (
-    HAND_OVER,
-    AgentToolCall,
-    AgentTurn,
-    BadInput,
-    EpisodeConfig,
-    load_tasks,
-    run_episode,
-    sound_matches,
-)
+from tau2_episode import HAND_OVER, AgentToolCall, AgentTurn, EpisodeConfig, load_tasks, run_episode, sound_matches
+from tau2_errors import BadInput
 from tau2_reward_shaping import (
     MOST_PENALTY,
     check_shaped_reward_spread,

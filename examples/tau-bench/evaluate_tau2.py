@@ -53,7 +53,6 @@ from openai_tool_adapter import ChatTemplate, load_chat_template
 from tau2_episode import (
     PROMPTS,
     SUCCESS_TOLERANCE,
-    BadInput,
     EndReason,
     Episode,
     EpisodeConfig,
@@ -71,6 +70,7 @@ from tau2_episode import (
     tasks_by_id,
     tau2_version,
 )
+from tau2_errors import BadInput
 from tau2_metrics import behaviour, breakdowns, by_task, metrics, task_means
 from tau2_results import ROWS_FORMAT, RowsFile, read_result, rows_path, tau2_results, write_json
 from tau2_reward_shaping import partial_score

@@ -46,7 +46,6 @@ from http_client import RequestFailed, close_session, post_json  # noqa: F401 (f
 from openai_tool_adapter import ChatTemplate, load_chat_template, parse_turn
 from tau2_episode import (
     AgentTurn,
-    BadInput,
     EndEpisode,
     EndReason,
     Episode,
@@ -57,6 +56,7 @@ from tau2_episode import (
     run_episode,
     tasks_by_id,
 )
+from tau2_errors import BadInput
 from tau2_reward_shaping import MATCHINGS
 
 logger = logging.getLogger(__name__)

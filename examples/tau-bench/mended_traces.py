@@ -25,12 +25,12 @@ from tau2_episode import (
     INVALID_TOOL_CALL,
     AgentToolCall,
     AgentTurn,
-    BadInput,
     Episode,
     EpisodeConfig,
     run_episode,
     tasks_by_id,
 )
+from tau2_errors import BadInput
 from tau2_teacher import ScriptedTeacher
 
 

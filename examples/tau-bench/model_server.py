@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tau2_episode import BadInput
+from tau2_errors import BadInput
 
 ANSWER_SECONDS = 10  # of a server to a question about itself
 LARGEST_INFO = 2**20  # bytes of its answer

@@ -18,7 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tau2_episode import AgentToolCall, AgentTurn, BadInput
+from tau2_episode import AgentToolCall, AgentTurn
+from tau2_errors import BadInput
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 INVALID_CALL = "invalid_tool_call"

@@ -21,7 +21,7 @@ from typing import Any
 import evaluate_tau2
 from model_server import running_server
 from tau2_compare import compare, p_value
-from tau2_episode import BadInput
+from tau2_errors import BadInput
 from tau2_moods import CHOICES, MOODS
 from tau2_results import read_result, write_json
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tau2_episode import BadInput
+from tau2_errors import BadInput
 from tau2_results import read_result, write_json
 
 STAGES = ("base", "sft", "rft", "grpo", "redrawn")

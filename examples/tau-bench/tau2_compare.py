@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tau2_episode import BadInput
+from tau2_errors import BadInput
 from tau2_metrics import Difference, flips, paired_difference
 from tau2_results import read_result, write_json
 

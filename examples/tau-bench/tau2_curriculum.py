@@ -35,7 +35,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tau2_episode import BadInput
+from tau2_errors import BadInput
 from tau2_results import write_json
 
 logger = logging.getLogger(__name__)

@@ -41,6 +41,7 @@ from typing import Any, Protocol
 
 import tau2_llm_customer
 import tau2_users
+from tau2_errors import BadInput, one_line
 from tau2_llm_customer import UnusableCustomer
 
 # litellm otherwise fetches a price list from the network when it is imported (about 10 s without one).
@@ -69,10 +70,6 @@ SHORT_DROPS = frozenset(
     "goodwill_credit_used_this_year device_id last_plan_change_date last_sim_replacement_date suspension_start_date "
     "name new_data_refueling_gb charge period_start period_end issue_date line_items price_per_month".split()
 )
-
-
-class BadInput(Exception):
-    """What the user gave cannot be used; the message says what, where and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -730,7 +727,7 @@ def _read_task(task: dict) -> Any:
     try:
         return _tau2().tasks.Task.model_validate(task)
     except ValueError as error:  # pydantic's
-        raise BadInput(f"the task {str(task.get('id'))[:80]!r} is not one of tau2's: {_describe(error)}") from error
+        raise BadInput(f"the task {str(task.get('id'))[:80]!r} is not one of tau2's: {one_line(error)}") from error
 
 
 class _RareFullCollections:
@@ -811,7 +808,7 @@ class _Run:
         except EndEpisode as end:
             reason, detail = end.reason, end.detail
         except Exception as error:
-            reason, detail = EndReason.ENVIRONMENT_FAILED, _describe(error)
+            reason, detail = EndReason.ENVIRONMENT_FAILED, one_line(error)
         self._close(reason, detail)
         return self.episode
 
@@ -884,7 +881,7 @@ class _Run:
         except (EndEpisode, asyncio.CancelledError):
             raise
         except Exception as error:
-            raise EndEpisode(EndReason.GENERATION_FAILED, _describe(error)) from error
+            raise EndEpisode(EndReason.GENERATION_FAILED, one_line(error)) from error
         finally:
             self.episode.agent_seconds += time.perf_counter() - began
 
@@ -897,7 +894,7 @@ class _Run:
         except (EndEpisode, asyncio.CancelledError):
             raise
         except Exception as error:
-            raise EndEpisode(EndReason.USER_FAILED, _describe(error)) from error
+            raise EndEpisode(EndReason.USER_FAILED, one_line(error)) from error
         finally:
             self.episode.user_seconds += time.perf_counter() - began
 
@@ -971,7 +968,7 @@ class _Run:
         try:
             self._score()
         except Exception as error:
-            episode.end_reason, episode.detail = EndReason.ENVIRONMENT_FAILED, f"evaluation: {_describe(error)}"
+            episode.end_reason, episode.detail = EndReason.ENVIRONMENT_FAILED, f"evaluation: {one_line(error)}"
             episode.reward = episode.checks = episode.simulation.reward_info = None
 
     def _simulation(self, reason: EndReason) -> Any:
@@ -1087,10 +1084,6 @@ def _stop_reason(text: str) -> EndReason:
     if tau2_users.TRANSFER in text:
         return EndReason.TRANSFER
     return EndReason.OUT_OF_SCOPE if tau2_users.OUT_OF_SCOPE in text else EndReason.USER_STOP
-
-
-def _describe(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _unusable(call: AgentToolCall) -> str | None:

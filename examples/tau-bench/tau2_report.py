@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import tau2_charts as charts
 from tau2_compare import NAMES, compare, p_value
-from tau2_episode import BadInput
+from tau2_errors import BadInput
 
 FOLDER = Path(__file__).parent / "report"
 BLOCK = 48  # episodes that are packed, and unpacked by the reader, together

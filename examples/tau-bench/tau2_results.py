@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tau2_episode import BadInput, EpisodeConfig, results_header
+from tau2_episode import EpisodeConfig, results_header
+from tau2_errors import BadInput
 
 # Of the rows: raised when an episode's row changes its meaning, so that rows of both kinds are never mixed.
 ROWS_FORMAT = 3

@@ -53,7 +53,6 @@ from http_client import close_session
 from rollout_traces import bad_calls, refused_turns
 from tau2_episode import (
     PROMPTS,
-    BadInput,
     Episode,
     EpisodeConfig,
     agent_tools,
@@ -65,6 +64,7 @@ from tau2_episode import (
     run_episode,
     system_prompt,
 )
+from tau2_errors import BadInput
 from tau2_mock import check_folder, draw_tasks, mix_weights, positive, read_jsonl, read_task_rows, write_jsonl
 from tau2_teacher import STYLES, WORDINGS, ScriptedTeacher
 from tau2_users import has_model
