@@ -20,17 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "tau-bench"))
 
-from tau2_episode import (
-    HAND_OVER,
-    AgentToolCall,
-    AgentTurn,
-    Episode,
-    EpisodeConfig,
-    default_customer,
-    fast_domain,
-    load_tasks,
-    run_episode,
-)
+from tau2_domains import HAND_OVER, default_customer, fast_domain, load_tasks
+from tau2_episode import AgentToolCall, AgentTurn, Episode, EpisodeConfig, run_episode
 from tau2_reward_shaping import partial_score, shaped_reward
 from tau2_teacher import HANDOVER, AlwaysTransfer, DoNothing
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from common import measure, need, parser, ratio, write_result
 
-from tau2_episode import EpisodeConfig, _tau2, load_tasks, run_episode
+from tau2_domains import load_tasks, load_tau2
+from tau2_episode import EpisodeConfig, run_episode
 from tau2_teacher import ScriptedTeacher
 from tau2_users import ScriptedCustomer
 
@@ -40,7 +41,7 @@ def ours(loop: asyncio.AbstractEventLoop, task: Any) -> Any:
 
 
 def shipped(task: Any, tools: bool = False) -> Any:
-    tau2 = _tau2()
+    tau2 = load_tau2()
     environment = tau2.registry.get_env_constructor("telecom")()
     if tools:
         environment.get_tools(), environment.get_user_tools()
@@ -70,7 +71,7 @@ def gym(task: Any) -> Any:
         turn = answer(teacher, observation.split(": ", 1)[1])
         action = json.dumps(vars(turn.tool_calls[0])) if turn.tool_calls else turn.content
         observation, _, ended, _, info = environment.step(action)
-    types = _tau2().simulation
+    types = load_tau2().simulation
     run = types.SimulationRun.model_validate_json(info["simulation_run"])
     return types.RewardInfo.model_validate_json(info["reward_info"]), said(run.messages)
 
@@ -82,7 +83,7 @@ class TeacherAgent:
         self.teacher, self.calls = ScriptedTeacher(), 0
 
     def generate_next_message(self, message: Any, state: Any) -> tuple[Any, Any]:
-        message_types = _tau2().message
+        message_types = load_tau2().message
         turn = answer(self.teacher, message.content)
         calls = []
         for call in turn.tool_calls:

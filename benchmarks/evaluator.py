@@ -41,7 +41,8 @@ from common import Seconds, measure, need, parser, ratio, smollm2_dir, spread, t
 import evaluate_tau2
 from generate_with_tau import TokenAgent, TurnTokens
 from openai_tool_adapter import load_chat_template, render_turn
-from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, _tau2, load_tasks, run_episode
+from tau2_domains import load_tasks, load_tau2
+from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, run_episode
 from tau2_teacher import ScriptedTeacher
 from tau2_users import ScriptedCustomer
 
@@ -278,7 +279,7 @@ def register_scripts() -> None:
             calls = [ToolCall(id=f"call_{id(c)}", name=c.name, arguments=c.arguments) for c in turn.tool_calls]
             return AssistantMessage(role="assistant", content=turn.content, tool_calls=calls or None), state
 
-    registry = _tau2().registry
+    registry = load_tau2().registry
     if "scripted" not in registry._users:
         registry.register_user(Customer, "scripted")
         registry.register_agent(Teacher, "teacher")

@@ -24,7 +24,8 @@ from typing import Any
 
 from common import parser, spread, write_result
 
-from tau2_episode import AgentTurn, Episode, load_tasks, run_episode
+from tau2_domains import load_tasks
+from tau2_episode import AgentTurn, Episode, run_episode
 from tau2_teacher import ScriptedTeacher
 
 PROBE = 0.005  # seconds between two wake-ups of the probe

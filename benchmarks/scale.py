@@ -121,7 +121,8 @@ def record() -> None:
     """The teacher's dialogues on the train tasks, in SmolLM2's tokens."""
     from transformers import AutoTokenizer
 
-    from tau2_episode import load_tasks, run_episode
+    from tau2_domains import load_tasks
+    from tau2_episode import run_episode
     from tau2_teacher import ScriptedTeacher
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir(), trust_remote_code=False)
@@ -456,7 +457,8 @@ class StandInCustomer:
 
 async def measured_seconds(episodes: dict[str, list[Turn]]) -> float:
     """Wall time of real tau2 episodes whose agent asks the stand-in engine and whose customer answers late."""
-    from tau2_episode import load_tasks, run_episode
+    from tau2_domains import load_tasks
+    from tau2_episode import run_episode
     from tau2_teacher import ScriptedTeacher
 
     engine, customer = StandInEngine(CHECK_ENGINE), StandInCustomer(CHECK_CUSTOMER)

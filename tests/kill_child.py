@@ -13,7 +13,7 @@ import tau2_mock
 import teacher_traces
 import train
 from slime_local import loop, rollout, server  # noqa: F401  what the stages import when they run
-from tau2_episode import load_tasks
+from tau2_domains import load_tasks
 
 MAINS = {
     "tasks": tau2_mock.main,

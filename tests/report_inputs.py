@@ -7,7 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from evaluate_tau2 import about, agent_info, episode_row, measure_floor, numbers, parse_args, settings, versions
-from tau2_episode import EpisodeConfig, load_tasks, run_episode
+from tau2_domains import load_tasks
+from tau2_episode import EpisodeConfig, run_episode
 from tau2_results import tau2_results
 from tau2_teacher import AGENTS
 

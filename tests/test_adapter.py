@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openai_tool_adapter import ChatTemplate, assistant_message, parse_turn, render_turn
-from tau2_episode import AgentToolCall, AgentTurn, agent_tools
+from tau2_domains import agent_tools
+from tau2_episode import AgentToolCall, AgentTurn
 from tau2_errors import BadInput
 
 TOOLS = [

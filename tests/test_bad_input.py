@@ -46,7 +46,8 @@ from slime_local.errors import UsageError
 from slime_local.flags import HONOURED, load_flags, parse_args
 from slime_local.model import load_model
 from slime_local.train_data import load_debug_samples
-from tau2_episode import AgentTurn, EndEpisode, EpisodeConfig, _read_task, agent_tools, load_tasks, run_episode
+from tau2_domains import agent_tools, load_tasks, read_task
+from tau2_episode import AgentTurn, EndEpisode, EpisodeConfig, run_episode
 from tau2_errors import BadInput
 from tau2_users import ScriptedCustomer
 
@@ -194,7 +195,7 @@ def task_rows(smol_dir, tmp_path) -> Fuzzer:
         rows = one_line(lambda: tau2_mock.read_task_rows(path), BadInput)
         assert rows is None or all(isinstance(row["task"]["id"], str) for row in rows)
         for found in rows or []:
-            one_line(lambda found=found: _read_task(found["task"]), BadInput)
+            one_line(lambda found=found: read_task(found["task"]), BadInput)
 
     whole = changed(row).map(json.dumps).map(str.encode)
     return Fuzzer(whole | damaged(small, small * 2), check, 0.08)

@@ -15,7 +15,8 @@ from chat_agent import ChatAgent, Endpoint, read_message
 from evaluate_tau2 import main
 from http_client import close_session
 from openai_tool_adapter import INVALID_CALL, parse_turn
-from tau2_episode import EndReason, EpisodeConfig, agent_tools, load_tasks, run_episode
+from tau2_domains import agent_tools, load_tasks
+from tau2_episode import EndReason, EpisodeConfig, run_episode
 from tau2_llm_customer import KEY_VARIABLES
 
 pytestmark = pytest.mark.usefixtures("own_signal_handler")

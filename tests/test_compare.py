@@ -12,7 +12,7 @@ from fake_generate import FakeModel, serving
 from evaluate_tau2 import main
 from openai_tool_adapter import load_chat_template
 from tau2_compare import labels
-from tau2_episode import tau2_version
+from tau2_domains import tau2_version
 from tau2_teacher import AlwaysTransfer, ScriptedTeacher
 
 pytestmark = pytest.mark.usefixtures("own_signal_handler")

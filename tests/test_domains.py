@@ -17,17 +17,8 @@ import evaluate_tau2
 import tau2_mock
 import teacher_traces
 from generate_with_tau import check_args
-from tau2_episode import (
-    HAND_OVER,
-    AgentToolCall,
-    AgentTurn,
-    EpisodeConfig,
-    default_customer,
-    load_split_ids,
-    load_tasks,
-    run_episode,
-    task_type,
-)
+from tau2_domains import HAND_OVER, default_customer, load_split_ids, load_tasks, task_type
+from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, run_episode
 from tau2_errors import BadInput
 from tau2_recited import RecitedCustomer
 from tau2_reward_shaping import partial_score, shaped_reward

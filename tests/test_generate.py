@@ -11,7 +11,8 @@ import generate_with_tau
 from generate_with_tau import TokenAgent, TokenLimits, check_args, close_session, generate
 from openai_tool_adapter import ChatTemplate, load_chat_template
 from slime_local.sample import Sample
-from tau2_episode import EpisodeConfig, issue_type, load_tasks, run_episode
+from tau2_domains import issue_type, load_tasks
+from tau2_episode import EpisodeConfig, run_episode
 from tau2_errors import BadInput
 
 TASKS = {issue_type(task.id): task for task in load_tasks("telecom", "test")}
@@ -129,7 +130,7 @@ async def test_a_rollout_and_an_sft_row_hold_the_same_words(args, model, templat
     """The text of a rollout is the full render of its messages: SFT and rollout speak one dialect."""
     sample = make_sample()
     await generate(args, sample, PARAMS)
-    from tau2_episode import agent_tools, system_prompt
+    from tau2_domains import agent_tools, system_prompt
 
     messages = [{"role": "system", "content": system_prompt("telecom", "short")}, *sample.metadata["tau2"]["messages"]]
     full = template.tokenizer.apply_chat_template(messages, tools=agent_tools("telecom"), tokenize=False)

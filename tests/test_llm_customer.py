@@ -19,7 +19,8 @@ import tau2_llm_customer
 import teacher_traces
 from openai_tool_adapter import load_chat_template
 from slime_local.sample import Sample
-from tau2_episode import EndReason, EpisodeConfig, check_customer, episode_to_row, load_tasks, run_episode
+from tau2_domains import load_tasks
+from tau2_episode import EndReason, EpisodeConfig, check_customer, episode_to_row, run_episode
 from tau2_errors import BadInput
 from tau2_llm_customer import KEY_VARIABLES, explain, mask
 from tau2_reward_shaping import tau2_reward_post_process

@@ -9,7 +9,8 @@ import mended_traces
 import rollout_traces
 import teacher_traces
 from slime_local.masks import LossMasker
-from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, issue_type, load_tasks, run_episode
+from tau2_domains import issue_type, load_tasks
+from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, run_episode
 from tau2_errors import BadInput
 from tau2_teacher import ScriptedTeacher
 

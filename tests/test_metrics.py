@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tau2_episode import load_tasks
+from tau2_domains import load_tasks
 from tau2_metrics import (
     behaviour,
     breakdowns,

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 import tau2_mock
-from tau2_episode import load_split_ids, load_tasks
+from tau2_domains import load_split_ids, load_tasks
 from tau2_errors import BadInput
 
 SCRIPT = "examples/tau-bench/tau2_mock.py"

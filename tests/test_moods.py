@@ -17,7 +17,8 @@ import generate_with_tau
 import sensitivity
 import tau2_moods
 import teacher_traces
-from tau2_episode import AgentTurn, EpisodeConfig, load_tasks, run_episode
+from tau2_domains import load_tasks
+from tau2_episode import AgentTurn, EpisodeConfig, run_episode
 from tau2_errors import BadInput
 from tau2_mock import write_jsonl
 from tau2_moods import CHOICES, MOODS, PERSONA_MOODS, make_mood

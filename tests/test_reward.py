@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import tau2_episode
 from generate_with_tau import check_args
 from slime_local.sample import Sample
-from tau2_episode import HAND_OVER, AgentToolCall, AgentTurn, EpisodeConfig, load_tasks, run_episode, sound_matches
+from tau2_domains import HAND_OVER, load_tasks, load_tau2
+from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, run_episode, sound_matches
 from tau2_errors import BadInput
 from tau2_reward_shaping import (
     MOST_PENALTY,
@@ -169,7 +170,7 @@ async def test_one_call_counts_once():
 
 def dialogue(turns, ids):
     """tau2's messages of turns (who, calls (name, x, error)); the calls get the ids in order."""
-    message, ids = tau2_episode._tau2().message, iter(ids)
+    message, ids = load_tau2().message, iter(ids)
     roles = {"assistant": message.AssistantMessage, "user": message.UserMessage}
     messages = []
     for who, made in turns:

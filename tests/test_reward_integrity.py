@@ -15,16 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from openai_tool_adapter import parse_turn
-from tau2_episode import (
-    AgentToolCall,
-    AgentTurn,
-    EndEpisode,
-    EndReason,
-    EpisodeConfig,
-    agent_tools,
-    load_tasks,
-    run_episode,
-)
+from tau2_domains import agent_tools, load_tasks
+from tau2_episode import AgentToolCall, AgentTurn, EndEpisode, EndReason, EpisodeConfig, run_episode
 from tau2_reward_shaping import partial_score, shaped_reward
 from tau2_teacher import AlwaysTransfer, ScriptedTeacher
 

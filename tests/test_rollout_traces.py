@@ -17,16 +17,8 @@ from openai_tool_adapter import ChatTemplate, load_chat_template, render_turn
 from slime_local.masks import LossMasker
 from slime_local.sample import Sample
 from slime_local.train_data import save_debug_samples
-from tau2_episode import (
-    AgentToolCall,
-    AgentTurn,
-    EpisodeConfig,
-    issue_type,
-    load_split_ids,
-    load_tasks,
-    run_episode,
-    system_prompt,
-)
+from tau2_domains import issue_type, load_split_ids, load_tasks, system_prompt
+from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, run_episode
 from tau2_mock import load_pool
 from tau2_teacher import ScriptedTeacher
 

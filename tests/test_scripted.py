@@ -8,7 +8,8 @@ import time
 import pytest
 
 import tau2_users
-from tau2_episode import AgentTurn, EndReason, EpisodeConfig, load_tasks, run_episode
+from tau2_domains import load_tasks
+from tau2_episode import AgentTurn, EndReason, EpisodeConfig, run_episode
 from tau2_teacher import AlwaysTransfer, DoNothing, ScriptedTeacher, main, run_split
 from tau2_users import ScriptedCustomer, parse
 

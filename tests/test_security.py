@@ -24,7 +24,7 @@ from fault_table import record
 
 from openai_tool_adapter import load_chat_template
 from slime_local import server
-from tau2_episode import load_tasks
+from tau2_domains import load_tasks
 
 FOLDERS = ("slime_local", "examples", "benchmarks", "scripts")
 SOURCES = [ROOT / "train.py", *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))]
@@ -50,8 +50,9 @@ def keyword(call: ast.Call, name: str):
 
 
 def is_copy_of_own_data(path: Path, call: ast.Call) -> bool:
-    """tau2_episode.py pickles databases and unpickles them in the same process: the fastest copy."""
-    return path.name == "tau2_episode.py" and any(name in ast.unparse(call) for name in ("_db", "loaded.vpn"))
+    """tau2_domains.py pickles databases and unpickles them in the same process: the fastest copy."""
+    own = path.name in ("tau2_domains.py", "tau2_redraw.py")
+    return own and any(name in ast.unparse(call) for name in ("_db", "loaded.vpn"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

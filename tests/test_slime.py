@@ -35,7 +35,8 @@ from slime_local.engine import RequestError
 from slime_local.flags import HONOURED, REFUSED, load_flags, parse_args
 from slime_local.masks import LossMasker
 from slime_local.server import serve
-from tau2_episode import EpisodeConfig, issue_type, load_tasks, run_episode
+from tau2_domains import issue_type, load_tasks
+from tau2_episode import EpisodeConfig, run_episode
 from tau2_mock import make_rows, write_jsonl
 from tau2_reward_shaping import shaped_reward
 from tau2_teacher import AlwaysTransfer, DoNothing, ScriptedTeacher

@@ -26,7 +26,7 @@ import generate_with_tau
 from generate_with_tau import close_session, generate
 from openai_tool_adapter import load_chat_template
 from slime_local.sample import Sample
-from tau2_episode import load_tasks
+from tau2_domains import load_tasks
 from tau2_reward_shaping import episode_metrics, tau2_reward_post_process
 
 PARAMS = {"temperature": 0.7, "max_new_tokens": 4096, "stop_token_ids": None, "no_stop_trim": True}

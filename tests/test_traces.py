@@ -11,7 +11,8 @@ from fake_openai import FakeAgent, _tool_call, serving_openai
 import http_client
 import tau2_mock
 import teacher_traces
-from tau2_episode import EpisodeConfig, agent_tools, load_split_ids, run_episode, system_prompt
+from tau2_domains import agent_tools, load_split_ids, system_prompt
+from tau2_episode import EpisodeConfig, run_episode
 from tau2_teacher import ScriptedTeacher
 
 SCRIPT = "examples/tau-bench/teacher_traces.py"

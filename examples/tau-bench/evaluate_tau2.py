@@ -50,25 +50,27 @@ from model_server import (
     weights_changed,
 )
 from openai_tool_adapter import ChatTemplate, load_chat_template
-from tau2_episode import (
+from tau2_domains import (
     PROMPTS,
+    default_customer,
+    git_commit,
+    ids_of_split,
+    is_telecom,
+    load_tasks,
+    refuse_judged,
+    tasks_by_id,
+    tau2_version,
+)
+from tau2_episode import (
     SUCCESS_TOLERANCE,
     EndReason,
     Episode,
     EpisodeConfig,
     check_customer,
     check_customer_key,
-    default_customer,
     episode_to_row,
-    git_commit,
-    ids_of_split,
-    is_telecom,
-    load_tasks,
-    refuse_judged,
     rescore,
     run_episode,
-    tasks_by_id,
-    tau2_version,
 )
 from tau2_errors import BadInput
 from tau2_metrics import behaviour, breakdowns, by_task, metrics, task_means

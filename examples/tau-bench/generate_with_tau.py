@@ -44,6 +44,7 @@ from typing import Any
 
 from http_client import RequestFailed, close_session, post_json  # noqa: F401 (for who imports this)
 from openai_tool_adapter import ChatTemplate, load_chat_template, parse_turn
+from tau2_domains import tasks_by_id
 from tau2_episode import (
     AgentTurn,
     EndEpisode,
@@ -54,7 +55,6 @@ from tau2_episode import (
     customer_checked,
     episode_to_row,
     run_episode,
-    tasks_by_id,
 )
 from tau2_errors import BadInput
 from tau2_reward_shaping import MATCHINGS

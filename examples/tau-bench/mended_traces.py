@@ -20,16 +20,8 @@ from dataclasses import dataclass
 
 from openai_tool_adapter import INVALID_CALL
 from rollout_traces import Recorded, agent_turns
-from tau2_episode import (
-    HAND_OVER,
-    INVALID_TOOL_CALL,
-    AgentToolCall,
-    AgentTurn,
-    Episode,
-    EpisodeConfig,
-    run_episode,
-    tasks_by_id,
-)
+from tau2_domains import HAND_OVER, tasks_by_id
+from tau2_episode import INVALID_TOOL_CALL, AgentToolCall, AgentTurn, Episode, EpisodeConfig, run_episode
 from tau2_errors import BadInput
 from tau2_teacher import ScriptedTeacher
 

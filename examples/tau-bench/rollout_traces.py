@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from openai_tool_adapter import INVALID_CALL, ChatTemplate
-from tau2_episode import INVALID_TOOL_CALL, SPLIT_FOLDERS, agent_tools, load_split_ids, short_result, system_prompt
+from tau2_domains import SPLIT_FOLDERS, agent_tools, load_split_ids, short_result, system_prompt
+from tau2_episode import INVALID_TOOL_CALL
 from tau2_errors import BadInput
 from tau2_mock import POOL_DOMAIN, far_from_tests
 from tau2_results import read_result

@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tau2_episode import issue_type, load_split_ids, load_tasks, task_type
+from tau2_domains import issue_type, load_split_ids, load_tasks, task_type
 from tau2_errors import BadInput
 from tau2_metrics import sub_issues
 

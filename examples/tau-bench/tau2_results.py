@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tau2_episode import EpisodeConfig, results_header
+from tau2_domains import git_commit, load_tau2, preload
+from tau2_episode import EpisodeConfig
 from tau2_errors import BadInput
+from tau2_users import has_model
 
 # Of the rows: raised when an episode's row changes its meaning, so that rows of both kinds are never mixed.
 ROWS_FORMAT = 3
@@ -160,10 +162,35 @@ def tau2_results(
         return {"simulations": simulations}
     return {
         "timestamp": max(simulation["end_time"] for simulation in simulations),
-        "info": results_header(config, agent, num_trials, seed),
+        "info": _info(config, agent, num_trials, seed),
         "tasks": [task.model_dump(mode="json") for task in tasks],
         "simulations": simulations,
     }
+
+
+def _info(config: EpisodeConfig, agent: dict[str, Any], num_trials: int, seed: int) -> dict[str, Any]:
+    """`info` of tau2's Results as JSON values. agent: "implementation", "llm", "llm_args"."""
+    import tau2.environment.environment as environment
+    from tau2.user.user_simulator import get_global_user_sim_guidelines
+
+    data, scripted = load_tau2().simulation, not has_model(config.user)
+    policy = preload(config.domain).environment.get_policy()
+    info = data.Info(
+        git_commit=git_commit(Path(__file__).parent, 40) or "unknown",
+        num_trials=num_trials,
+        max_steps=config.max_steps,
+        max_errors=config.max_errors,
+        user_info=data.UserInfo(
+            implementation=config.user if scripted else "user_simulator",
+            llm=None if scripted else config.user,
+            llm_args=(config.user_args or None) if scripted else config.user_args,
+            global_simulation_guidelines=None if scripted else get_global_user_sim_guidelines(),
+        ),
+        agent_info=data.AgentInfo(**agent),
+        environment_info=environment.EnvironmentInfo(domain_name=config.domain, policy=policy),
+        seed=seed,
+    )
+    return info.model_dump(mode="json")
 
 
 def read_result(path: str | Path) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from typing import Any
 
-from tau2_episode import AgentToolCall, AgentTurn, Episode, EpisodeConfig, load_tasks, run_episode
+from tau2_domains import load_tasks
+from tau2_episode import AgentToolCall, AgentTurn, Episode, EpisodeConfig, run_episode
 from tau2_errors import BadInput
 from tau2_moods import CHOICES
 

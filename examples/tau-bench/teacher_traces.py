@@ -51,19 +51,8 @@ from typing import Any
 import chat_agent
 from http_client import close_session
 from rollout_traces import bad_calls, refused_turns
-from tau2_episode import (
-    PROMPTS,
-    Episode,
-    EpisodeConfig,
-    agent_tools,
-    check_customer,
-    check_customer_key,
-    is_telecom,
-    issue_type,
-    load_split_ids,
-    run_episode,
-    system_prompt,
-)
+from tau2_domains import PROMPTS, agent_tools, is_telecom, issue_type, load_split_ids, system_prompt
+from tau2_episode import Episode, EpisodeConfig, check_customer, check_customer_key, run_episode
 from tau2_errors import BadInput
 from tau2_mock import check_folder, draw_tasks, mix_weights, positive, read_jsonl, read_task_rows, write_jsonl
 from tau2_teacher import STYLES, WORDINGS, ScriptedTeacher
