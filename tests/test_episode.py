@@ -12,17 +12,9 @@ from pathlib import Path
 import pytest
 
 import tau2_domains
+from tau2_checks import sound_matches
 from tau2_domains import agent_tools, issue_type, lasting, load_split_ids, load_tasks, load_tau2, system_prompt
-from tau2_episode import (
-    AgentToolCall,
-    AgentTurn,
-    EndEpisode,
-    EndReason,
-    EpisodeConfig,
-    episode_to_row,
-    run_episode,
-    sound_matches,
-)
+from tau2_episode import AgentToolCall, AgentTurn, EndEpisode, EndReason, EpisodeConfig, episode_to_row, run_episode
 from tau2_errors import BadInput
 from tau2_redraw import redraw
 from tau2_teacher import AlwaysTransfer, DoNothing, ScriptedTeacher

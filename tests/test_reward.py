@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tau2_episode
+import tau2_checks
 from generate_with_tau import check_args
 from slime_local.sample import Sample
+from tau2_checks import sound_matches
 from tau2_domains import HAND_OVER, load_tasks, load_tau2
-from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, run_episode, sound_matches
+from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, run_episode
 from tau2_errors import BadInput
 from tau2_reward_shaping import (
     MOST_PENALTY,
@@ -205,7 +206,7 @@ def test_ids_of_calls_that_repeat_change_nothing(turns, wanted, ids):
     for some in (map(str, range(24)), ids):
         messages = dialogue(turns, some)
         assert sound_matches(actions, messages) == expected
-        assert tau2_episode._handed_over([], messages) == handed_over
+        assert tau2_checks.handed_over([], messages) == handed_over
 
 
 async def test_the_teacher_gets_all_of_it_and_a_truncated_episode_keeps_its_share():

@@ -50,6 +50,7 @@ from model_server import (
     weights_changed,
 )
 from openai_tool_adapter import ChatTemplate, load_chat_template
+from tau2_checks import SUCCESS_TOLERANCE, rescore
 from tau2_domains import (
     PROMPTS,
     default_customer,
@@ -62,14 +63,12 @@ from tau2_domains import (
     tau2_version,
 )
 from tau2_episode import (
-    SUCCESS_TOLERANCE,
     EndReason,
     Episode,
     EpisodeConfig,
     check_customer,
     check_customer_key,
     episode_to_row,
-    rescore,
     run_episode,
 )
 from tau2_errors import BadInput
@@ -596,8 +595,11 @@ def rescored(result: dict[str, Any], path: str) -> dict[str, Any]:
         raise BadInput(f"{path}: {tau2_version()} has no task {unknown[0]!r}; the run was made with {made['tau2']}")
     rows, simulations = [], []
     for row, simulation in zip(result["results"], result["simulations"], strict=True):
-        reason = EndReason(row["end_reason"])
-        reward_info, checks = rescore(tasks[row["task_id"]], simulation, reason, config, row["seed"])
+        reason, seed = EndReason(row["end_reason"]), row["seed"]
+        redraw_seed = seed if config.redraw_ids else None
+        reward_info, checks = rescore(
+            tasks[row["task_id"]], simulation, config.domain, reason.is_truncated, redraw_seed
+        )
         rows.append({**row, **graded(reward_info["reward"], checks)})
         simulations.append({**simulation, "reward_info": reward_info})
     floor = measure_floor(config.domain, [tasks[task_id] for task_id in by_task(rows)])

@@ -14,7 +14,6 @@ import asyncio
 import functools
 import gc
 import inspect
-import itertools
 import json
 import math
 import threading
@@ -27,15 +26,13 @@ from typing import Any, Protocol
 
 import tau2_llm_customer
 import tau2_users
+from tau2_checks import SUCCESS_TOLERANCE, score
 from tau2_domains import (
-    HAND_OVER,
     PROMPTS,
     agent_tools,
     check_domain,
     customer_only_tools,
-    earns_credit,
     fast_domain,
-    gold_actions,
     is_telecom,
     issue_type,
     load_tau2,
@@ -51,7 +48,6 @@ from tau2_errors import BadInput, one_line
 from tau2_llm_customer import UnusableCustomer
 from tau2_redraw import redraw
 
-SUCCESS_TOLERANCE = 1e-6
 INVALID_TOOL_CALL = "invalid_tool_call"
 STOP_POLL = 0.25  # seconds between looks whether an episode that waits for its customer is still wanted
 
@@ -363,13 +359,6 @@ class _Seat:
         return None
 
 
-class _ReadOnly(list):
-    """Messages that are only read: tau2's evaluator copies them deeply before each of its replays, for nothing."""
-
-    def __deepcopy__(self, memo: dict) -> list:
-        return list(self)
-
-
 class _Run:
     """The state of one running episode."""
 
@@ -577,52 +566,10 @@ class _Run:
 
     def _score(self) -> None:
         episode = self.episode
-        episode.simulation.reward_info, episode.checks = _score(
-            self.task, episode.simulation, episode.end_reason, self.config.domain
+        episode.simulation.reward_info, episode.checks = score(
+            self.task, episode.simulation, self.config.domain, episode.end_reason.is_truncated
         )
         episode.reward = episode.simulation.reward_info.reward
-
-
-def rescore(task: Any, simulation: dict, reason: EndReason, config: EpisodeConfig, seed: int) -> tuple[dict, dict]:
-    """(tau2's reward_info, checks) of a recorded episode: its calls are replayed, no model is asked.
-
-    simulation: tau2's SimulationRun as JSON values. Raises BadInput where the recorded tool results are not those
-    that tau2 gives today."""
-    run = load_tau2().simulation.SimulationRun.model_validate(simulation)
-    databases = None
-    if config.redraw_ids:
-        task, databases = redraw(task, seed)
-    try:
-        with using_databases(databases):
-            reward_info, checks = _score(task, run, reason, config.domain)
-    except ValueError as error:
-        raise BadInput(f"task {task.id}: the episode cannot be replayed: {error}"[:500]) from error
-    return reward_info.model_dump(mode="json"), checks
-
-
-def _score(task: Any, simulation: Any, reason: EndReason, domain: str) -> tuple[Any, dict]:
-    """tau2's RewardInfo, and the checks; those of a truncated episode from a copy that counts as stopped."""
-    official = reward_info = _evaluate(task, simulation, domain)
-    if reason.is_truncated:
-        stopped = {
-            "messages": _without_dangling_call(simulation.messages),
-            "termination_reason": load_tau2().simulation.TerminationReason.USER_STOP,
-        }
-        reward_info = _evaluate(task, simulation.model_copy(update=stopped), domain)
-    checks = _checks(task, simulation.messages, reward_info, domain)
-    if reason.is_truncated:
-        checks.pop("db_match", None)  # nobody is done: that nothing was spoilt so far is no merit
-    return official, checks
-
-
-def _evaluate(task: Any, simulation: Any, domain: str) -> Any:
-    return load_tau2().evaluate_simulation(
-        simulation=simulation.model_copy(update={"messages": _ReadOnly(simulation.messages)}),
-        task=task,
-        evaluation_type=load_tau2().EvaluationType.ALL,
-        solo_mode=False,
-        domain=fast_domain(domain),
-    )
 
 
 def _stop_reason(text: str) -> EndReason:
@@ -662,84 +609,3 @@ def _to_openai(message: Any, turn: AgentTurn) -> dict:
         for sent, made in zip(message.tool_calls, turn.tool_calls, strict=True)
     ]
     return {"role": "assistant", "content": "", "tool_calls": calls}
-
-
-def _without_dangling_call(messages: list) -> list:
-    """Drops a last message whose tool calls were never answered: tau2's replay refuses it."""
-    return messages[:-1] if messages and getattr(messages[-1], "tool_calls", None) else messages
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _checks(task: Any, messages: list, reward_info: Any, domain: str) -> dict[str, Any]:
-    """What partial credit reads. `official` is tau2's own action match, `sound` the one that cannot be gamed;
-    `look_up`: a gold action that changes nothing; `db_match`: where the database counts; `given_up`: not solved, and
-    handed over to a human needlessly."""
-    gold, basis = gold_actions(task), [basis.value for basis in reward_info.reward_basis or []]
-    official = [check.action_match for check in reward_info.action_checks or []]
-    action_checks = [
-        {
-            "name": a.name,
-            "requestor": a.requestor,
-            "arguments": a.arguments,
-            "official": match,
-            "sound": sound,
-            **({} if earns_credit(a, domain) else {"look_up": True}),
-        }
-        for a, match, sound in zip(gold, official, sound_matches(gold, messages), strict=True)
-    ]
-    return {
-        "action_checks": action_checks,
-        "communicate_checks": [{"info": c.info, "met": c.met} for c in reward_info.communicate_checks or []],
-        "env_assertions": [
-            {"func_name": c.env_assertion.func_name, "met": c.met} for c in reward_info.env_assertions or []
-        ],
-        "reward_basis": basis,
-        **({"db_match": reward_info.db_check.db_match} if "DB" in basis and reward_info.db_check else {}),
-        "given_up": reward_info.reward < 1 - SUCCESS_TOLERANCE and _handed_over(gold, messages),
-    }
-
-
-def _handed_over(gold: list, messages: list) -> bool:
-    """Whether the agent gave the customer to a human where the task does not ask for it."""
-    called = any((call.name, call.requestor) == (HAND_OVER, "assistant") for call in _made(messages))
-    return called and not any(action.name == HAND_OVER for action in gold)
-
-
-def _made(messages: list) -> list:
-    """The calls of both sides that no tool answered with an error. A call is answered by the tool message in its place
-    behind the turn, as in tau2's own replay: ids need not differ, some providers count them anew in each message."""
-    made = []
-    for place, message in enumerate(messages, start=1):
-        calls = getattr(message, "tool_calls", None) or []
-        behind = itertools.takewhile(lambda other: other.role == "tool", messages[place:])
-        failed = [result.error for result in behind if result.requestor == message.role]
-        made += [call for call, error in itertools.zip_longest(calls, failed[: len(calls)]) if not error]
-    return made
-
-
-def sound_matches(gold: list, messages: list) -> list[bool]:
-    """For each gold action: was it done by the right side, without a tool error, with exactly its arguments?
-
-    Each call made counts for one gold action at most. `compare_args` is respected: [] accepts any arguments. So does a
-    hand-over, whose only argument is a summary in free words."""
-    made, matches = _made(messages), []
-    for action in gold:
-        hit = next((i for i, call in enumerate(made) if _same_action(action, call)), None)
-        matches.append(hit is not None)
-        if hit is not None:
-            del made[hit]
-    return matches
-
-
-def _same_action(action: Any, call: Any) -> bool:
-    if (action.name, action.requestor) != (call.name, call.requestor):
-        return False
-    if action.name == HAND_OVER:
-        return True
-    if action.compare_args is None:
-        return action.arguments == call.arguments
-    return all(action.arguments.get(key) == call.arguments.get(key) for key in action.compare_args)

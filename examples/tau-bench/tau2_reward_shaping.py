@@ -70,7 +70,7 @@ def partial_score(checks: dict | None, matching: str = "sound") -> float:
     Where the task itself has none (nothing is to be changed or said), 1.0 for a dialogue that ended with the database
     as it was.
 
-    checks: an episode's `checks` (see tau2_episode). matching: "sound", or "official" for tau2's own action matcher.
+    checks: an episode's `checks` (see tau2_checks.py). matching: "sound", or "official" for tau2's own action matcher.
     """
     if matching not in MATCHINGS:
         raise ValueError(f"unknown matching {matching!r}; choose one of: {', '.join(MATCHINGS)}")
