@@ -23,7 +23,8 @@ from tau2_errors import BadInput
 from tau2_mock import write_jsonl
 from tau2_moods import CHOICES, MOODS, PERSONA_MOODS, make_mood
 from tau2_teacher import STYLES, WORDINGS, AlwaysTransfer, ScriptedTeacher, _please, hear, run_split
-from tau2_users import ScriptedCustomer, parse
+from tau2_understanding import parse
+from tau2_users import ScriptedCustomer
 
 HARD = MOODS[1:]
 TEST, TRAIN = load_tasks("telecom", "test"), load_tasks("telecom", "train")

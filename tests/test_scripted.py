@@ -7,11 +7,14 @@ import time
 
 import pytest
 
+import tau2_phone
+import tau2_understanding
 import tau2_users
 from tau2_domains import load_tasks
 from tau2_episode import AgentTurn, EndReason, EpisodeConfig, run_episode
 from tau2_teacher import AlwaysTransfer, DoNothing, ScriptedTeacher, main, run_split
-from tau2_users import ScriptedCustomer, parse
+from tau2_understanding import parse
+from tau2_users import ScriptedCustomer
 
 SHORT = EpisodeConfig(prompt="short")
 
@@ -99,7 +102,7 @@ def test_the_teacher_reads_only_the_dialogue():
 def test_the_customer_reads_only_its_scenario():
     task = load_tasks("telecom", "test")[0]
     assert ScriptedCustomer(task.user_scenario).scenario.phone == "555-123-2002"
-    source = inspect.getsource(tau2_users)
+    source = "".join(map(inspect.getsource, (tau2_users, tau2_understanding, tau2_phone)))
     assert "evaluation_criteria" not in source and "initialization_actions" not in source
 
 

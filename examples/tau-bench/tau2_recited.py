@@ -21,7 +21,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from tau2_users import STOP, TRANSFER, TRANSFERRED
+from tau2_understanding import TRANSFERRED
+from tau2_users import STOP, TRANSFER
 
 RECITED_VERSION = "1"
 PATIENCE = 3  # the same message, or messages about nothing in the note, before hanging up
