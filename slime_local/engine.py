@@ -245,7 +245,7 @@ class Engine:
     def _abort_all(self) -> None:
         with self.lock:
             for request in [*self.waiting, *self.running]:
-                self._finish(request, {"type": "abort", "message": "aborted"})
+                self._finish_aborted(request)
 
     def wake(self) -> None:
         with self.lock:
@@ -330,7 +330,7 @@ class Engine:
             if self.closed or until():
                 return False
             for request in [r for r in [*self.waiting, *self.running] if r.aborted]:
-                self._finish(request, {"type": "abort", "message": "aborted"})
+                self._finish_aborted(request)
             for request in list(self.waiting):
                 if self._worth_waiting(request):
                     continue
@@ -456,6 +456,9 @@ class Engine:
         if full or len(request.output) >= params.max_new_tokens:
             return {"type": "length", "length": len(request.output)}
         return None
+
+    def _finish_aborted(self, request: Request) -> None:
+        self._finish(request, {"type": "abort", "message": "aborted"})
 
     def _finish(self, request: Request, reason: dict) -> None:
         """Answer a request and leave its slot filled for the next turn. Called with the lock held."""
