@@ -31,8 +31,6 @@ KL=${KL:-0} # coefficient of the KL term of GRPO
 MOOD=${MOOD:-plain} # of the customer in every stage: mixed, terse, ... (tau2_moods.py)
 DATA_DIR=$RUN_DIR/data
 MODEL_DIR=${MODEL_DIR:-runs/SmolLM2-135M-Instruct}
-SETTINGS=examples/tau-bench/local.yaml # of GRPO's plug-ins
-[ "$MOOD" = plain ] || SETTINGS=$RUN_DIR/settings.yaml # the same and the mood
 SFT_DIR=$RUN_DIR/sft
 RFT_DIR=$RUN_DIR/rft
 GRPO_DIR=$RUN_DIR/grpo
@@ -122,7 +120,7 @@ GRPO_ARGS=(
    --custom-generate-function-path generate_with_tau.generate
    --custom-reward-post-process-path tau2_reward_shaping.tau2_reward_post_process
    --custom-rollout-log-function-path tau2_reward_shaping.log_rollout
-   --custom-config-path "$SETTINGS"
+   --custom-config-path examples/tau-bench/local.yaml # or RUN_DIR's, with the mood
    --advantage-estimator grpo
    --eps-clip 0.2
    --eps-clip-high 0.28
@@ -245,7 +243,10 @@ if [ "$RFT_ROUNDS" != 0 ]; then
 fi
 
 say "3. GRPO with the shaped reward"
-[ "$MOOD" = plain ] || settings "$SETTINGS"
+if [ "$MOOD" != plain ]; then
+   settings "$RUN_DIR/settings.yaml"
+   GRPO_ARGS+=(--custom-config-path "$RUN_DIR/settings.yaml")
+fi
 timed grpo "$PYTHON" train.py --host local "${MODEL_ARGS[@]}" "${TRAIN_ARGS[@]}" "${GRPO_ARGS[@]}" --hf-checkpoint "$LAST_DIR/hf" \
    --ref-load "$LAST_DIR/hf"
 evaluate grpo "$GRPO_DIR/hf"
