@@ -184,6 +184,14 @@ class Result(Loose):
     tasks: list[dict[str, Any]] = []
     simulations: list[Simulation] = []
 
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """Raises BadInput, in one line, for a file that is not what evaluate_tau2.py writes."""
+        try:
+            return cls.model_validate_json(plain_json(read_text(path)))
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path} is no result of evaluate_tau2.py ({_first_problem(error)})") from None
+
 
 @dataclass
 class Run:
@@ -201,15 +209,7 @@ def read_runs(paths: list[Path], labels: list[str] | None) -> list[Run]:
         raise BadInput(f"--labels: {len(labels)} names for {len(paths)} results")
     if len(set(labels)) < len(labels):
         raise BadInput(f"two results are called {Counter(labels).most_common(1)[0][0]!r}: give --labels")
-    return [Run(label, read_result(path)) for path, label in zip(paths, labels, strict=True)]
-
-
-def read_result(path: Path) -> Result:
-    """Raises BadInput, in one line, for a file that is not what evaluate_tau2.py writes."""
-    try:
-        return Result.model_validate_json(plain_json(read_text(path)))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is no result of evaluate_tau2.py ({_first_problem(error)})") from None
+    return [Run(label, Result.read(path)) for path, label in zip(paths, labels, strict=True)]
 
 
 def plain_json(text: str) -> bytes:
