@@ -44,6 +44,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,12 @@ async def run_teacher(
 ) -> list[Outcome]:
     """The outcome of one episode per drawn task, in the order of `draws`; the n-th has the seed `args.seed` + n. Those
     that the journal holds are not run again."""
-    free = asyncio.Semaphore(args.max_concurrency)
+    free, make_teacher = asyncio.Semaphore(args.max_concurrency), teachers(args)
 
     async def run(number: int, source: dict) -> Outcome:
         if number not in journal.done:
             async with free:
-                outcome, final = await run_one(args, config, source, args.seed + number)
+                outcome, final = await run_one(args, config, source, args.seed + number, make_teacher)
             if not final:
                 journal.broken += 1
                 return outcome
@@ -102,12 +103,14 @@ async def run_teacher(
             await close_session()
 
 
-async def run_one(args: argparse.Namespace, config: EpisodeConfig, source: dict, seed: int) -> tuple[Outcome, bool]:
+async def run_one(
+    args: argparse.Namespace, config: EpisodeConfig, source: dict, seed: int, make_teacher: Callable[[str, int], Any]
+) -> tuple[Outcome, bool]:
     """(outcome, whether it is the episode's own and not the machinery's). The teacher's slips, and turns one of whose
     calls a tool refused, are marked "step_loss_mask": 0 in the row."""
     config = replace(config, redraw_ids=draws_new_ids(source["task"]["id"], seed, args.redraw_ids))
     for _ in range(TRIES):
-        teacher = make_teacher(args, source, seed)
+        teacher = make_teacher(source["task"]["id"], seed)
         episode = await run_episode(source["task"], teacher, config, seed)
         if not episode.end_reason.is_infrastructure:
             break
@@ -123,13 +126,13 @@ async def run_one(args: argparse.Namespace, config: EpisodeConfig, source: dict,
     return outcome, not episode.end_reason.is_infrastructure
 
 
-def make_teacher(args: argparse.Namespace, source: dict, seed: int) -> Any:
-    """The teacher of one episode; a model that samples is seeded by task and episode."""
-    if not args.agent_llm:
-        wording = draw_wording(source["task"]["id"], seed, args.wordings)
-        return ScriptedTeacher(args.style, args.slip, seed, wording)
-    make, _ = chat_agent.make_chat_agents(args, "teacher")
-    return make(source["task"]["id"], seed)
+def teachers(args: argparse.Namespace) -> Callable[[str, int], Any]:
+    """Makes the teacher of one episode from (task id, seed); a model that samples is seeded by both."""
+    if args.agent_llm:
+        return chat_agent.make_chat_agents(args, "teacher")[0]
+    return lambda task_id, seed: ScriptedTeacher(
+        args.style, args.slip, seed, draw_wording(task_id, seed, args.wordings)
+    )
 
 
 def check_tasks(domain: str, sources: list[dict]) -> None:
