@@ -144,7 +144,7 @@ def check_tasks(domain: str, sources: list[dict]) -> None:
 
 
 def check_teacher(args: argparse.Namespace) -> None:
-    """Raises BadInput for a teacher that the domain has not, and for flags that it has no use for."""
+    """Raises BadInput for a teacher that the domain has not, and for an endpoint that cannot be used."""
     load_split_ids(args.domain)  # an unknown domain is the first thing to tell
     if not is_telecom(args.domain):
         if not args.agent_llm:
@@ -154,8 +154,6 @@ def check_teacher(args: argparse.Namespace) -> None:
             )
         if args.mix:
             raise BadInput("--mix draws telecom's issue types only")
-    if args.agent_llm and (args.slip or args.style != STYLES[0] or args.wordings > 1):
-        raise BadInput("--style, --slip and --wordings belong to the scripted teacher, not to --teacher-llm")
     if args.agent_llm or args.agent_base_url:
         chat_agent.make_endpoint(args, "teacher")
 
@@ -687,6 +685,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if unread:
         flags = ", ".join("--" + name.replace("agent_", "teacher_").replace("_", "-") for name in sorted(unread))
         raise BadInput(f"{flags}: rows from {source} have no use for that")
+    if args.agent_llm and (args.slip or args.style != STYLES[0] or args.wordings > 1):
+        raise BadInput("--style, --slip and --wordings belong to the scripted teacher, not to --teacher-llm")
 
 
 def make_traces(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal | None]:
