@@ -114,3 +114,11 @@ def test_the_same_arrays_run_on_this_machine(tiny_model_dir, tmp_path):
 def succeed(done):
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_a_run_folder_of_other_settings_is_refused(tmp_path):
+    (tmp_path / "made_with").write_text("SEED=1\n")
+    done = run("run_local.sh", RUN_DIR=tmp_path)
+    assert done.returncode == 2
+    assert f"{tmp_path} holds a run with SEED=1; this one has SEED=1234 MOOD=plain KL=0" in done.stderr
+    assert run("run_local.sh", QUICK="yes").stderr.startswith("error: QUICK=yes: give 1, or 0")

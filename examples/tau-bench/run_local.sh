@@ -7,8 +7,8 @@
 # RFT_ROUNDS=2 puts RFT between them: SFT on the model's own episodes, those it solved and those that the teacher mended.
 # KL=0.1 holds GRPO to the model that it starts from; with SFT_ROLLOUTS=70 GRPO_ROLLOUTS=18 GRPO does the larger part.
 # MOOD=mixed KL=0.1 GRPO_ROLLOUTS=9 trains on and with customers of all moods, terse ones and such as misread a setting.
-# Everything lands in $RUN_DIR; run it again after an interruption and it goes on where it was. For a run with other
-# settings (SEED=1 ...), choose another RUN_DIR.
+# Everything lands in $RUN_DIR; run it again after an interruption and it goes on where it was. A run with other settings
+# (SEED=1 ...) wants another RUN_DIR.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -42,7 +42,14 @@ done
 for name in SEED RFT_ROUNDS; do
    [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || { echo "error: $name=${!name}: give a whole number" >&2 && exit 2; }
 done
-[[ $KL =~ ^[0-9]*\.?[0-9]+$ ]] || { echo "error: KL=$KL: give a number" >&2 && exit 2; }
+[[ $KL =~ ^[0-9]*\.?[0-9]+(e-?[0-9]+)?$ ]] || { echo "error: KL=$KL: give a number such as 0.1" >&2 && exit 2; }
+[[ $QUICK =~ ^[01]$ ]] || { echo "error: QUICK=$QUICK: give 1, or 0 for the full run" >&2 && exit 2; }
+made_with="SEED=$SEED MOOD=$MOOD KL=$KL SFT_ROLLOUTS=$SFT_ROLLOUTS RFT_ROUNDS=$RFT_ROUNDS RFT_ROLLOUTS=$RFT_ROLLOUTS"
+made_with+=" GRPO_ROLLOUTS=$GRPO_ROLLOUTS GRPO_BATCH=$GRPO_BATCH EVAL_TASKS=$EVAL_TASKS CONTEXT=$CONTEXT"
+before=$(cat "$RUN_DIR/made_with" 2>/dev/null || echo "$made_with")
+if [ "$before" != "$made_with" ] && [ "${BASH_SOURCE[0]}" = "$0" ]; then # its files would stand as this run's
+   echo "error: $RUN_DIR holds a run with $before; this one has $made_with: choose another RUN_DIR" >&2 && exit 2
+fi
 STAGES=(base sft grpo) LAST_DIR=$SFT_DIR LOGS=("$SFT_DIR/metrics.jsonl")
 [ "$RFT_ROUNDS" = 0 ] || STAGES=(base sft rft grpo)
 
@@ -208,6 +215,7 @@ collect() { # collect CHECKPOINT OUTPUT [FLAGS]: episodes of every train task
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # sourced for the arrays and functions above (benchmarks/levers.sh)
 
 mkdir -p "$RUN_DIR"
+echo "$made_with" >"$RUN_DIR/made_with"
 say "SmolLM2-135M-Instruct as an HF folder"
 timed base "$PYTHON" -m slime_local.smollm2 --out "$MODEL_DIR"
 
