@@ -199,6 +199,7 @@ def _rows(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
 
 
 def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple, *more: ctypes.c_double) -> None:
+    assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in tensors)
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
     getattr(library(), name)(*pointers, *sizes, *more, ctypes.c_int64(torch.get_num_threads()))
 
