@@ -254,10 +254,11 @@ def hub_rows(smol_dir, tmp_path) -> Fuzzer:
     turns += [{"role": "tool", "content": "{}"}, {"role": "assistant", "content": "ok"}]
     row = {"task_id": f"[telecom]{task_id}", "prompt": turns}
     args = argparse.Namespace(domain="telecom", prompt="short", keep_thinking=True)
+    bar = tau2_mock.training_bar("telecom")
 
     def check(row: Any) -> None:
         if isinstance(row, dict):
-            one_line(lambda: teacher_traces.convert_hub_row(row, args), teacher_traces.Dropped)
+            one_line(lambda: teacher_traces.convert_hub_row(row, args, bar), teacher_traces.Dropped)
 
     return Fuzzer(changed(row), check, 0.06)
 

@@ -97,6 +97,25 @@ def test_every_telecom_task_has_one_variant_per_fault():
         assert len(tau2_mock.parse_faults(task_id)) == task_id.count("|") + 1
 
 
+def test_tasks_near_a_test_task_are_not_trained_on_unless_they_are_official_train_tasks():
+    bar, splits = tau2_mock.training_bar("telecom"), load_split_ids("telecom")
+    assert {bar(task_id) for task_id in splits["train"]} == {None}
+    assert {bar(task_id) for task_id in splits["test"]} == {"test task"}
+    pool = {task.id for task in tau2_mock.load_pool()}
+    outside = set(splits["full"]) - set(splits["base"])
+    assert {task_id for task_id in outside if bar(task_id) is None} == pool
+    assert {bar(task_id) for task_id in outside - pool} == {"near a test task"}
+    other_persona = splits["test"][0].partition("[PERSONA")[0] + "[PERSONA:Other]"
+    assert (bar(other_persona), bar("my own")) == ("near a test task", "unknown task")
+
+
+@pytest.mark.parametrize("domain", ["retail", "airline"])
+def test_other_domains_have_no_near_tasks(domain):
+    bar, splits = tau2_mock.training_bar(domain), load_split_ids(domain)
+    assert {bar(task_id) for task_id in splits["full"]} == {None, "test task"}
+    assert all(bar(task_id) for task_id in splits["test"])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

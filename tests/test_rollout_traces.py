@@ -19,7 +19,6 @@ from slime_local.sample import Sample
 from slime_local.train_data import save_debug_samples
 from tau2_domains import issue_type, load_split_ids, load_tasks, system_prompt
 from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, run_episode
-from tau2_mock import load_pool
 from tau2_teacher import ScriptedTeacher
 
 SCRIPT = "examples/tau-bench/teacher_traces.py"
@@ -288,16 +287,6 @@ def test_what_is_dropped_is_counted_by_reason(make, natural):
     (row,) = [row for row in rows if row["metadata"]["task_id"] == other.metadata["tau2"]["task_id"]]
     (turn,) = [m for m in row["prompt"][2:] if m.get("step_loss_mask") == 0]
     assert turn["tool_calls"]
-
-
-def test_tasks_near_a_test_task_are_left_out_unless_they_are_official_train_tasks():
-    forbidden = rollout_traces._Forbidden("telecom")
-    splits = load_split_ids("telecom")
-    assert {forbidden.why(task_id) for task_id in splits["train"]} == {None}
-    assert {forbidden.why(task_id) for task_id in splits["test"]} == {"test task"}
-    pool = {task.id for task in load_pool()}
-    outside = set(splits["full"]) - set(splits["base"])
-    assert {task_id for task_id in outside if forbidden.why(task_id) is None} == pool
 
 
 def test_at_most_k_of_a_task_the_shortest_first_and_the_same_bytes_every_time(make, natural, tmp_path):

@@ -23,7 +23,7 @@ TOOLS = {tool["function"]["name"] for tool in agent_tools("telecom")}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    assert tau2_mock.main(["--local_dir", str(folder)]) == 0
+    assert tau2_mock.main(["--local_dir", str(folder), "--splits", "train", "test", "small"]) == 0
     return folder
 
 
@@ -256,12 +256,15 @@ def test_what_the_machinery_broke_is_run_again_by_the_same_command(data, tmp_pat
 
 
 def test_hub_file_by_command(run_script, data, tmp_path):
-    test_task = load_split_ids("telecom")["test"][0]
+    splits = load_split_ids("telecom")
+    bar, test_task = tau2_mock.training_bar("telecom"), splits["test"][0]
+    near_task = next(task_id for task_id in splits["full"] if bar(task_id) == "near a test task")
     rows = [
         hub_row(USER, LOOKUP, FOUND, called("respond", content="Please run a speed test."), USER),
         hub_row(USER, said("Please restart your phone.")),
         hub_row(USER, LOOKUP, domain="retail", task_id="[task_3][sample_4]"),
         hub_row(USER, LOOKUP, task_id=test_task),
+        hub_row(USER, LOOKUP, task_id=near_task),
         hub_row(USER, LOOKUP, task_id="[mms_issue]no_such_thing[PERSONA:None]"),
         hub_row(USER, called("toggle_airplane_mode")),
     ]
@@ -269,7 +272,7 @@ def test_hub_file_by_command(run_script, data, tmp_path):
     flags = ["--from-hub-file", write(tmp_path / "v4.jsonl", rows), "--output", output]
     result = run_script(SCRIPT, "--local_dir", data, *flags)
     assert result.returncode == 0, result.stderr
-    assert "dropped: 1 other domain, 1 test task, 1 unknown task, 1 unknown tool" in result.stdout
+    assert "dropped: 1 near a test task, 1 other domain, 1 test task, 1 unknown task, 1 unknown tool" in result.stdout
     first, second = read(output)
     for row in (first, second):
         check_dialogue(row["prompt"])
@@ -338,6 +341,10 @@ def test_rows_that_cannot_be_converted(messages, reason):
     [
         (["--tasks", "no_such.jsonl"], "no_such.jsonl does not exist; make it with: python "),
         (["--tasks", "{data}/telecom_test_tasks.jsonl"], "40 of the tasks are official test tasks"),
+        (
+            ["--tasks", "{data}/telecom_small_tasks.jsonl"],
+            "12 of the tasks are within one fault of an official test task",
+        ),
         (["--tasks", "{data}/broken.jsonl"], "{data}/broken.jsonl, line 2 is not JSON"),
         (["--domain", "telco", "--tasks", "{data}/telecom_train_tasks.jsonl"], "unknown domain 'telco'"),
         (["--from-hub-file", "{data}/none.jsonl"], "{data}/none.jsonl does not exist"),

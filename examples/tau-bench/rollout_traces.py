@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 from openai_tool_adapter import INVALID_CALL, ChatTemplate
-from tau2_domains import SPLIT_FOLDERS, agent_tools, load_split_ids, short_result, system_prompt
+from tau2_domains import agent_tools, short_result, system_prompt
 from tau2_episode import INVALID_TOOL_CALL
 from tau2_errors import BadInput
-from tau2_mock import POOL_DOMAIN, far_from_tests
+from tau2_mock import training_bar
 from tau2_results import read_result
 
 FOLDERS = (".", "rollouts", "rollout_data")
@@ -95,17 +95,17 @@ def read_traces(
 ) -> Traces:
     """The rows of `runs`; unusable: whether a dialogue holds text that must not be trained on. Raises BadInput."""
     traces = Traces()
-    forbidden = _Forbidden(domain)
+    bar = training_bar(domain)
     usable: dict[str, list[Recorded]] = defaultdict(list)
     for episode in itertools.chain.from_iterable(map(read_run, runs)):
-        reason = _why_not(episode, domain, forbidden, template is not None)
+        reason = _why_not(episode, domain, bar, template is not None)
         if reason is None and unusable(episode.messages):
             reason = "control token in a text"
         if reason is None:
             usable[episode.task_id].append(episode)
         else:
             traces.dropped[reason] += 1
-            if _failed(episode, domain) and forbidden.why(episode.task_id) is None:
+            if _failed(episode, domain) and bar(episode.task_id) is None:
                 traces.failed[episode.task_id].append(episode)
     chosen = {task_id: _best(episodes, per_task, traces.dropped) for task_id, episodes in usable.items()}
     for episode in in_turns(chosen, seed):
@@ -149,29 +149,13 @@ def agent_turns(messages: list[dict]) -> list[dict]:
 # Which episodes are no examples
 
 
-class _Forbidden:
-    """What must not be trained on: the domain's test tasks and, outside the train split, what is near to one."""
-
-    def __init__(self, domain: str) -> None:
-        splits = load_split_ids(domain)
-        self.test, self.train, self.known = set(splits["test"]), set(splits["train"]), set(splits["full"])
-        self.is_far = far_from_tests() if SPLIT_FOLDERS[domain] == POOL_DOMAIN else lambda task_id: True
-
-    def why(self, task_id: str) -> str | None:
-        if task_id in self.test:
-            return "test task"
-        if task_id not in self.known:
-            return "unknown task"
-        return None if task_id in self.train or self.is_far(task_id) else "near a test task"
-
-
 def _failed(episode: Recorded, domain: str) -> bool:
     """An episode of the domain that came to its end unsolved."""
     record = episode.record
     return episode.domain == domain and record.get("reward") is not None and not record.get("solved")
 
 
-def _why_not(episode: Recorded, domain: str, forbidden: _Forbidden, has_template: bool) -> str | None:
+def _why_not(episode: Recorded, domain: str, bar: Callable[[str], str | None], has_template: bool) -> str | None:
     record = episode.record
     if record.get("reward") is None:
         return f"no episode, {record.get('end_reason', 'unknown')}"
@@ -179,7 +163,7 @@ def _why_not(episode: Recorded, domain: str, forbidden: _Forbidden, has_template
         return "other domain"
     if not record.get("solved"):
         return f"not solved, {record['end_reason']}"
-    return forbidden.why(episode.task_id) or _bad_example(episode, has_template)
+    return bar(episode.task_id) or _bad_example(episode, has_template)
 
 
 def _bad_example(episode: Recorded, has_template: bool) -> str | None:

@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tau2_domains import issue_type, load_split_ids, load_tasks, task_type
+from tau2_domains import SPLIT_FOLDERS, issue_type, load_split_ids, load_tasks, task_type
 from tau2_errors import BadInput
 from tau2_metrics import sub_issues
 
@@ -50,6 +50,8 @@ MOST = 1_000_000  # what is counted on the command line
 POOL = "pool"
 POOL_DOMAIN = "telecom"
 MIN_DISTANCE = 2  # faults, of the pool from every test task
+# Why no row of a task is to be trained on.
+TEST_TASK, NEAR_TEST_TASK, UNKNOWN_TASK = "test task", "near a test task", "unknown task"
 TASK_ID = re.compile(r"\[(?P<type>\w+)\](?P<faults>.+)\[PERSONA:\w+\]")
 # Sub-issues that are values of one and the same fault.
 VARIANTS = {
@@ -85,6 +87,25 @@ def far_from_tests(min_distance: int = MIN_DISTANCE) -> Callable[[str], bool]:
         return all(kind != other or fault_distance(faults, theirs) >= min_distance for other, theirs in tests)
 
     return is_far
+
+
+def training_bar(domain: str) -> Callable[[str], str | None]:
+    """Says of a task's id why no row of it may be trained on, or None: it is one of the domain's test tasks, or,
+    outside the official train split, near to one, or no task of the domain. The one rule for every source of rows."""
+    splits = load_split_ids(domain)
+    test, train, known = (set(splits[split]) for split in ("test", "train", "full"))
+    is_far = far_from_tests() if SPLIT_FOLDERS[domain] == POOL_DOMAIN else lambda task_id: True
+
+    def why(task_id: str) -> str | None:
+        if task_id in test:
+            return TEST_TASK
+        if task_id in train:
+            return None
+        if TASK_ID.fullmatch(task_id) and not is_far(task_id):
+            return NEAR_TEST_TASK
+        return None if task_id in known else UNKNOWN_TASK
+
+    return why
 
 
 def load_pool(min_distance: int = MIN_DISTANCE) -> list[Any]:
