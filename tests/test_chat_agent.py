@@ -14,9 +14,9 @@ import http_client
 from chat_agent import ChatAgent, Endpoint, read_message
 from evaluate_tau2 import main
 from http_client import close_session
-from openai_tool_adapter import INVALID_CALL, parse_turn
+from openai_tool_adapter import parse_turn
 from tau2_domains import agent_tools, load_tasks
-from tau2_episode import EndReason, EpisodeConfig, run_episode
+from tau2_episode import INVALID_TOOL_CALL, EndReason, EpisodeConfig, run_episode
 from tau2_llm_customer import KEY_VARIABLES
 
 pytestmark = pytest.mark.usefixtures("own_signal_handler")
@@ -141,7 +141,7 @@ def test_calls_are_judged_as_those_of_token_agents(name, arguments):
     text = f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
     (expected,) = parse_turn(text, TOOLS).turn.tool_calls
     (found,) = read_message({"content": None, "tool_calls": [call(name, arguments)]}, TOOLS).turn.tool_calls
-    assert (found.name, found.error) == (expected.name, expected.error) and found.name == INVALID_CALL
+    assert (found.name, found.error) == (expected.name, expected.error) and found.name == INVALID_TOOL_CALL
 
 
 @pytest.mark.parametrize("arguments", ["", None, "{}", {}])

@@ -18,7 +18,6 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 
-from openai_tool_adapter import INVALID_CALL
 from rollout_traces import Recorded, agent_turns
 from tau2_domains import HAND_OVER, tasks_by_id
 from tau2_episode import INVALID_TOOL_CALL, AgentToolCall, AgentTurn, Episode, EpisodeConfig, run_episode
@@ -81,7 +80,7 @@ def same_turn(a: AgentTurn, b: AgentTurn) -> bool:
 def read_turn(message: dict) -> AgentTurn | None:
     """A recorded turn in OpenAI form, to be played again; None for one with a call that could not be executed."""
     calls = [call["function"] for call in message.get("tool_calls") or []]
-    if any(call["name"] in (INVALID_CALL, INVALID_TOOL_CALL) for call in calls):
+    if any(call["name"] == INVALID_TOOL_CALL for call in calls):
         return None
     return AgentTurn(message["content"] or None, [AgentToolCall(call["name"], call["arguments"]) for call in calls])
 

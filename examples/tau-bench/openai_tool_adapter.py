@@ -18,11 +18,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tau2_episode import AgentToolCall, AgentTurn
+from tau2_episode import INVALID_TOOL_CALL, AgentToolCall, AgentTurn
 from tau2_errors import BadInput
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-INVALID_CALL = "invalid_tool_call"
 LONG_TEXT = 1000  # characters; a longer text is mostly the system prompt, the same in every episode
 DEEPEST = 20  # levels of a call's arguments
 MAX_QUOTED = 400  # characters of a broken call that are kept in the record
@@ -169,7 +168,8 @@ def _check_against(name: str, arguments: dict, tools: Sequence[dict]) -> str | N
 
 
 def _invalid(body: str, problem: str) -> AgentToolCall:
-    return AgentToolCall(name=INVALID_CALL, arguments={"text": body.strip()[:MAX_QUOTED]}, error=f"Error: {problem}")
+    quoted = {"text": body.strip()[:MAX_QUOTED]}
+    return AgentToolCall(name=INVALID_TOOL_CALL, arguments=quoted, error=f"Error: {problem}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openai_tool_adapter import INVALID_CALL, ChatTemplate
+from openai_tool_adapter import ChatTemplate
 from tau2_domains import agent_tools, short_result, system_prompt
 from tau2_episode import INVALID_TOOL_CALL
 from tau2_errors import BadInput
@@ -184,7 +184,7 @@ def bad_calls(turns: list[dict], customer_tool_calls: int) -> str | None:
     if customer_tool_calls:
         return "call of a tool of the customer"
     names = {call["function"]["name"] for turn in turns for call in turn.get("tool_calls") or []}
-    return "call that cannot be executed" if names & {INVALID_CALL, INVALID_TOOL_CALL} else None
+    return "call that cannot be executed" if INVALID_TOOL_CALL in names else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from tau2_errors import BadInput, one_line
 from tau2_llm_customer import UnusableCustomer
 from tau2_redraw import redraw
 
-INVALID_TOOL_CALL = "invalid_tool_call"
+INVALID_TOOL_CALL = "invalid_tool_call"  # stands in the record for a call that cannot be executed; no tool
 STOP_POLL = 0.25  # seconds between looks whether an episode that waits for its customer is still wanted
 
 
