@@ -17,6 +17,7 @@ import evaluate_tau2
 import tau2_mock
 import teacher_traces
 from generate_with_tau import check_args
+from tau2_checks import score
 from tau2_domains import HAND_OVER, default_customer, load_split_ids, load_tasks, task_type
 from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, run_episode
 from tau2_errors import BadInput
@@ -394,3 +395,32 @@ def test_run_scripts_know_the_domain(run_script):
     env["DOMAIN"] = "moon"
     done = subprocess.run(["bash", EXAMPLE / "run_grpo.sh"], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "choose telecom, retail or airline" in done.stderr
+
+
+# ---- tau2's calculator ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize(
+    ("expression", "answer"),
+    [
+        ("9**9**9**9", "no **, in at most 200 characters"),
+        ("1+" * 100 + "1", "no **, in at most 200 characters"),
+        ("(2 + 3) * 4 / 5", "4.0"),
+        ("1" + "+1" * 99, "100.0"),
+        (["9", "9"], "Error"),
+    ],
+    ids=["power", "long", "sum", "just not too long", "no text"],
+)
+def test_a_sum_that_could_take_forever_is_a_tool_error(domain, expression, answer):
+    """The expression reaches neither tau2's eval nor the replay that scores the episode."""
+    task = load_tasks(domain, "train")[0]
+    said = calls(("calculate", {"expression": expression})), calls((HAND_OVER, {"summary": "s"})), HANDOVER
+    (episode,) = play(domain, [task], lambda task: Says(*said))
+    asked, (result, *_) = [[m for m in episode.messages if m["role"] == role] for role in ("assistant", "tool")]
+    assert answer in result["content"] and episode.reward is not None
+    refused = result["content"].startswith("Error")
+    assert episode.tool_errors == refused and asked[1]["tool_calls"][0]["function"]["name"] == "calculate"
+    again, _ = score(task, episode.simulation, domain, False)
+    assert again.reward == episode.reward

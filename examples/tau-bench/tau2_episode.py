@@ -49,6 +49,7 @@ from tau2_llm_customer import UnusableCustomer
 from tau2_redraw import redraw
 
 INVALID_TOOL_CALL = "invalid_tool_call"  # stands in the record for a call that cannot be executed; no tool
+LONGEST_SUM = 200  # characters of an expression that tau2's calculator is given
 STOP_POLL = 0.25  # seconds between looks whether an episode that waits for its customer is still wanted
 
 
@@ -585,7 +586,17 @@ def _unusable(call: AgentToolCall) -> str | None:
         return "Error: a tool call needs a name and an object of arguments."
     if not all(isinstance(key, str) for key in call.arguments):
         return "Error: argument names must be strings."
-    return "Error: arguments must be finite numbers." if _has_non_finite(call.arguments) else None
+    if _has_non_finite(call.arguments):
+        return "Error: arguments must be finite numbers."
+    return _endless_sum(call.arguments.get("expression")) if call.name == "calculate" else None
+
+
+def _endless_sum(expression: Any) -> str | None:
+    """What is wrong with a sum that could take forever, or None. tau2's `calculate` is an eval of digits and
+    operators, ** among them, in the event loop: 9**9**9 would stop every episode of the process."""
+    if not isinstance(expression, str) or ("**" not in expression and len(expression) <= LONGEST_SUM):
+        return None  # what is no text fails in the tool itself
+    return f"Error: an expression holds +, -, *, / and parentheses, no **, in at most {LONGEST_SUM} characters."
 
 
 def _has_non_finite(value: Any) -> bool:
