@@ -6,6 +6,7 @@ The rows of the README's table come from here: `python tests/fault_table.py`.
 import asyncio
 import contextlib
 import json
+import os
 import resource
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 from aiohttp import web
 from conftest import ROOT
 from fake_generate import FakeModel, serving
-from fake_openai import FakeProvider, serving_openai
+from fake_openai import FakeAgent, FakeProvider, serving_openai
 from fault_table import record
 
 import evaluate_tau2
@@ -570,6 +571,29 @@ def test_a_full_disk_keeps_the_old_traces(tmp_path, capsys):
         assert teacher_traces.main([*flags, "--seed", "1"]) == 2
     assert "cannot write" in one_line(capsys) and (tmp_path / "teacher_traces.jsonl").read_bytes() == before
     record("traces", "the disk is full", "one line; the older file stays whole")
+
+
+def test_a_full_disk_keeps_the_episodes_of_a_paid_teacher(tmp_path, capsys, monkeypatch):
+    """The disk takes a part of a line: what is there is whole, and what was paid for is not asked for again."""
+    assert tau2_mock.main(["--local_dir", str(tmp_path), "--splits", "train"]) == 0
+    journal, agent = tmp_path / "teacher_traces.jsonl.partial", FakeAgent()
+    with serving_openai(agent) as url:
+        flags = ["--local_dir", str(tmp_path), "--prompt", "short", "--num-traces", "4", "--max-concurrency", "1"]
+        flags += ["--teacher-llm", "m", "--teacher-base-url", url]
+        with full_disk(30_000):
+            assert teacher_traces.main(flags) == 2
+        assert "cannot write" in (said := one_line(capsys)) and "the same command continues" in said
+        there = journal.read_bytes()
+        assert there.endswith(b"\n") and 1 < len([json.loads(line) for line in there.splitlines()]) < 5
+        sync, synced = os.fsync, []
+        monkeypatch.setattr(
+            os, "fsync", lambda file: (sync(file), synced.append(os.readlink(f"/proc/self/fd/{file}")))
+        )
+        assert teacher_traces.main(flags) == 0
+    assert synced.count(str(journal)) == 5 - len(there.splitlines()), "the power may go at any time"
+    assert f"continuing: {len(there.splitlines()) - 1} episodes are there" in capsys.readouterr().out
+    assert len((tmp_path / "teacher_traces.jsonl").read_text().splitlines()) == 4 and not journal.exists()
+    record("traces", "the disk is full, with a model as the teacher", "one line; finished episodes are kept, whole")
 
 
 def test_a_full_disk_ends_an_evaluation_with_whole_rows(tmp_path, capsys):

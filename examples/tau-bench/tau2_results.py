@@ -9,8 +9,6 @@ OUTPUT.json         the numbers, `results` (an episode each), and tau2's Results
 
 from __future__ import annotations
 
-import asyncio
-import fcntl
 import json
 import os
 import time
@@ -18,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from line_file import LineFile
 from tau2_domains import git_commit, load_tau2, preload
 from tau2_episode import EpisodeConfig
 from tau2_errors import BadInput
@@ -63,35 +62,28 @@ class RowsFile:
         if self.output.exists() and not self.path.exists():
             raise BadInput(f"{self.output} exists, without the rows to continue from: choose another --output-path")
         try:
-            self.file = self.path.open("a+b", buffering=0)
+            self.lines = LineFile(self.path)
+        except BlockingIOError:
+            raise BadInput(f"{self.path}: another evaluation is writing it") from None
         except OSError as error:
             raise BadInput(f"{self.path}: cannot be written ({error.strerror})") from None
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._read()
-        except BlockingIOError:
-            self.file.close()
-            raise BadInput(f"{self.path}: another evaluation is writing it") from None
         except BaseException:
-            self.file.close()
+            self.lines.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        self.lines.close()
 
     def _read(self) -> None:
-        self.file.seek(0)
-        data = self.file.read()
-        whole, _, torn = data.rpartition(b"\n")
-        if torn:
-            self.file.truncate(len(data) - len(torn))
-        lines = whole.split(b"\n") if whole else []  # not splitlines: JSON leaves U+2028 as it is
+        lines = self.lines.read()
         if len(lines) < 2:  # no episode yet that other settings could be mixed with
             if lines:
                 self._parse(1, lines[0])
-            self.file.truncate(0)
-            self._write({"settings": self.settings})
+            self.lines.clear()
+            self.lines.write({"settings": self.settings})
             return
         for number, line in enumerate(lines, start=1):
             row = self._parse(number, line)
@@ -123,22 +115,9 @@ class RowsFile:
         return {"run": self.runs, "minutes": round((time.monotonic() - self.began) / 60, 3)}
 
     async def add(self, row: dict) -> None:
-        """Returns when the row is on disk. The disk is waited for in a thread: other episodes go on meanwhile."""
-        self._write(row)
-        await asyncio.to_thread(os.fsync, self.file.fileno())
+        """Returns when the row is on disk."""
+        await self.lines.add(row)
         self.done[row["task_id"], row["trial"]] = row
-
-    def _write(self, value: dict) -> None:
-        """The whole line, or none of it: a full disk must not leave a part that the next line would be added to."""
-        data = json.dumps(value, ensure_ascii=False).encode() + b"\n"
-        before = self.file.seek(0, os.SEEK_END)
-        try:
-            written = 0
-            while written < len(data):
-                written += self.file.write(data[written:])
-        except OSError as error:
-            self.file.truncate(before)
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def _told(settings: dict, key: str) -> str:

@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import fcntl
 import json
 import random
 import re
@@ -51,6 +50,7 @@ from typing import Any
 
 import chat_agent
 from http_client import close_session
+from line_file import LineFile
 from rollout_traces import bad_calls, refused_turns
 from tau2_domains import PROMPTS, agent_tools, is_telecom, issue_type, load_split_ids, system_prompt
 from tau2_episode import Episode, EpisodeConfig, check_customer, check_customer_key, run_episode
@@ -103,7 +103,7 @@ async def run_teacher(
             if not final:
                 journal.broken += 1
                 return outcome
-            journal.add(number, outcome)
+            await journal.add(number, outcome)
         progress.advance()
         return journal.done[number]
 
@@ -215,24 +215,23 @@ class Journal:
         self.path, self.settings = path, json.loads(json.dumps(settings, default=str))
         self.done: dict[int, Outcome] = {}
         self.broken = 0
-        self.file: Any = None
+        self.lines: LineFile | None = None
         if path is not None:
             self._open()
 
     def _open(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a+b", buffering=0)
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lines = LineFile(self.path)
+            self._read(self.lines.read())
         except BlockingIOError as error:
             raise BadInput(f"{self.path}: another run is writing it") from error
         except OSError as error:
             raise BadInput(f"cannot write {self.path}: {error.strerror}") from error
-        self.file.seek(0)
-        whole = self.file.read().rpartition(b"\n")[0]
-        self.file.truncate(len(whole) + 1 if whole else 0)
+
+    def _read(self, there: list[bytes]) -> None:
         try:
-            lines = [json.loads(line) for line in whole.split(b"\n")] if whole else []
+            lines = [json.loads(line) for line in there]
             if lines and lines[0]["settings"] != self.settings:
                 raise BadInput(
                     f"{self.path} belongs to a run with other settings: remove it, or choose another --output"
@@ -241,28 +240,26 @@ class Journal:
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise BadInput(f"{self.path} is damaged: remove it") from error
         if not lines:
-            self._write({"settings": self.settings})
+            self.lines.write({"settings": self.settings})
         elif self.done:
             print(f"continuing: {len(self.done)} episodes are there", flush=True)
 
-    def add(self, number: int, outcome: Outcome) -> None:
-        if self.file is not None:
-            self._write({"number": number, **outcome})
+    async def add(self, number: int, outcome: Outcome) -> None:
+        """Returns when the outcome is on disk."""
+        if self.lines is not None:
+            try:
+                await self.lines.add({"number": number, **outcome})
+            except OSError as error:
+                raise BadInput(f"cannot write {self.path}: {error.strerror}; the same command continues") from error
         self.done[number] = outcome
-
-    def _write(self, value: dict[str, Any]) -> None:
-        try:
-            self.file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-        except OSError as error:
-            raise BadInput(f"cannot write {self.path}: {error.strerror}; the same command continues") from error
 
     def close(self) -> int:
         """Removes the file, unless episodes are still to be run; gives how many."""
-        if self.file is None:
+        if self.lines is None:
             return 0
         if not self.broken:
             self.path.unlink(missing_ok=True)
-        self.file.close()
+        self.lines.close()
         return self.broken
 
 
