@@ -4,6 +4,7 @@ import asyncio
 import functools
 import inspect
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ import tau2_understanding
 import tau2_users
 from tau2_domains import load_tasks
 from tau2_episode import AgentTurn, EndReason, EpisodeConfig, run_episode
+from tau2_recited import RecitedCustomer
 from tau2_teacher import AlwaysTransfer, DoNothing, ScriptedTeacher, main, run_split
 from tau2_understanding import parse
 from tau2_users import ScriptedCustomer
@@ -163,6 +165,66 @@ WORDINGS = {
 @pytest.mark.parametrize("text", WORDINGS)
 def test_wordings(text):
     assert [request.key for request in parse(text)] == WORDINGS[text]
+
+
+LONG = 100_000  # characters
+SAID_ON_AND_ON = [
+    " ",
+    "\n",
+    "\r\n",
+    "\t",
+    "1",
+    "-",
+    "'",
+    '"',
+    "*",
+    ".",
+    ",",
+    "?",
+    "•",
+    "<",
+    "a",
+    "_",
+    "a_",
+    "a. ",
+    "{",
+    "{}",
+]
+SAID_ON_AND_ON += [
+    "\n- ",
+    "\n1. ",
+    "turn ",
+    "turn, ",
+    "and ",
+    "if ",
+    "put it, ",
+    "add more ",
+    "remove the sim ",
+    "change the ",
+]
+SAID_ON_AND_ON += ["work ", "<tool_call>", "{" * (LONG // 2) + "}" * (LONG // 2)]
+
+
+@pytest.mark.parametrize("unit", SAID_ON_AND_ON, ids=lambda unit: repr(unit[:16]))
+def test_whatever_a_model_repeats_a_customer_has_heard_it_soon(unit):
+    """A wording that is looked for from each place to the end takes minutes: the customer sits in the event loop."""
+    text = (unit * (LONG // len(unit) + 1))[:LONG]
+    listeners = [ScriptedCustomer(load_tasks("telecom", "test")[0].user_scenario)]
+    listeners += [RecitedCustomer(task.user_scenario) for task in load_tasks("retail", "test")[:1]]
+    began = time.process_time()
+    for customer in listeners:
+        for said in ("Hello", text):
+            customer.reply(SimpleNamespace(role="assistant", content=said))
+    assert time.process_time() - began < 5
+
+
+def test_what_nobody_says_is_not_heard_however_it_is_nested():
+    def heard(text):
+        return [request.key for request in parse(text)]
+
+    assert heard('{"a": {"b": "restart your phone"}, "c": {}} Check the SIM.') == [("sim", "check")]
+    assert heard('Check the SIM. { "restart your phone": {}') == [("sim", "check")]
+    assert heard("\n\n \n1) Restart your phone.\r\n\r\n- Check the SIM.") == [("restart", "do"), ("sim", "check")]
 
 
 def test_a_condition_is_kept():

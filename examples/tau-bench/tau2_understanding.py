@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+LONGEST_HEARD = 10_000  # characters of one message; some wordings below take time with its square
 # Topic -> wording. Where two match at one place the earlier in this list wins.
 _TOPICS = {
     "identity": r"\b(full name|your name|phone number|date of birth|customer id|who am i speaking)\b",
@@ -124,7 +125,7 @@ def parse(text: str) -> list[Request]:
     """The requests in an agent's message, in its order. Text that asks for nothing gives an empty list."""
     found: list[Request] = []
     recent: Sequence[str] = ()  # topics that "it" or "them" may stand for
-    for sentence in _sentences(_spoken(text)):
+    for sentence in _sentences(_spoken(text)[:LONGEST_HEARD]):
         condition, act = _split_condition(sentence)
         if condition:
             recent = find_topics(condition) or recent
@@ -139,15 +140,31 @@ def parse(text: str) -> list[Request]:
 def _spoken(text: str) -> str:
     """The text without what nobody says on the phone: tags, JSON and names of functions are no instructions."""
     text = re.sub(r"<tool_call>.*?(</tool_call>|$)|<[^<>]*>", " ", text, flags=re.DOTALL)
-    while (plain := re.sub(r"\{[^{}]*\}", " ", text)) != text:
-        text = plain
-    text = text.partition("{")[0]
+    text = _without_braces(text)
     return re.sub(r"\b(?![2-5]g_)\w*[^\W_]_\w*", " ", text, flags=re.IGNORECASE)
+
+
+def _without_braces(text: str) -> str:
+    """A space for each {...}, with what is nested in it; the text ends at a brace that is never closed."""
+    kept, depth = [], 0
+    for piece in re.split(r"([{}])", text):
+        if piece == "{":
+            depth += 1
+        elif piece == "}" and depth:
+            depth -= 1
+            if depth == 0:
+                kept.append(" ")
+        elif depth == 0:
+            kept.append(piece)
+    return "".join(kept)
 
 
 def _sentences(text: str) -> list[str]:
     text = re.sub(r"[’`]", "'", text.lower())
-    text = re.sub(r"\n\s*(\d+[.)]|[-*•])\s*", ", ", "\n" + text)
+    text = re.sub(
+        r"\n\s*", "\n", "\n" + text
+    )  # first: a run of newlines is then looked at once, not from each of them
+    text = re.sub(r"\n(\d+[.)]|[-*•])\s*", ", ", text)
     text = re.sub(r"[()\"“”*]", " , ", text)
     text = re.sub(r"\s+", " ", text.replace("–", "-").replace("—", ", "))
     for pattern, phrase in _PHRASES:
@@ -173,6 +190,7 @@ def _split_condition(sentence: str) -> tuple[str, str]:
 def _parse_sentence(sentence: str, recent: Sequence[str]) -> tuple[list[Request], Sequence[str]]:
     requests: list[Request] = []
     clauses = re.split(r",|:|\band\b|\bthen\b|\balso\b|\bplus\b|&|\bor\b|\bafterwards\b", sentence)
+    directions = [_direction(clause) for clause in clauses]
     verb = "check" if sentence.endswith("?") else ""
     mentioned: list[str] = []
     wants_state = False  # "make sure that A is off, B is on and C is 5G": each is a wish of its own
@@ -185,11 +203,11 @@ def _parse_sentence(sentence: str, recent: Sequence[str]) -> tuple[list[Request]
             continue
         own = _verb(clause)
         if not own and wants_state and _IS_IT.search(clause):
-            own = _direction(clause) or "set"
+            own = directions[index] or "set"
         if own in ("on", "off") and sentence.endswith("?") and _IS_IT.search(clause):
             own = "check"
         if own == "turn":
-            own = next(filter(None, (_direction(c) for c in clauses[index:])), "") or "on"
+            own = next(filter(None, directions[index:]), "on")
         verb = own or verb
         if not topics and own and _PRONOUN.search(clause):
             pool = mentioned or recent

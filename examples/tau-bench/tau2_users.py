@@ -20,7 +20,7 @@ from typing import Any
 from tau2_llm_customer import CONCURRENCY, DEFAULT_MODEL, LLMCustomer, UnusableCustomer
 from tau2_moods import Mood, make_mood, problem_with
 from tau2_phone import CHECK_TOOLS, Call, action_calls, check_call, read_phone, switch_call
-from tau2_understanding import TOGGLES, TRANSFERRED, Request, find_topics, is_outcome, parse
+from tau2_understanding import LONGEST_HEARD, TOGGLES, TRANSFERRED, Request, find_topics, is_outcome, parse
 
 STOP, TRANSFER, OUT_OF_SCOPE = "###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###"
 SCRIPTED_VERSION = "1"
@@ -203,7 +203,7 @@ class ScriptedCustomer:
         """Yields batches of phone actions, receives their outputs, returns the answer to the agent."""
         if TRANSFERRED.search(text.lower()):
             return TRANSFER
-        question, requests = self.mood.listen(text, find_topics(text.lower()), parse(text))
+        question, requests = self.mood.listen(text, find_topics(text[:LONGEST_HEARD].lower()), parse(text))
         if question:
             return question
         if not requests:
