@@ -445,10 +445,13 @@ def _check_port(args: Namespace) -> None:
 
 
 def _check_plugins(args: Namespace) -> None:
-    lines = []
+    lines, told = [], set()
     for flag, path in plugin_paths(args):
         try:
-            _ask_module(args, load_function(path).__module__)
+            module = load_function(path).__module__
+            if (message := _ask_module(args, module)) and message not in told:
+                told.add(message)  # plug-ins that read the same settings say the same
+                lines.append(f"{flag} {module}: {message}")
         except UsageError as error:
             lines.append(f"{flag} {error}")
     if lines:
@@ -473,12 +476,10 @@ def plugin_paths(args: Namespace) -> list[tuple[str, str]]:
     return [(flag, path) for flag, path in found if path]
 
 
-def _ask_module(args: Namespace, module_name: str) -> None:
-    """A plug-in module may have a `check_args(args)` that raises, with a message for the user."""
+def _ask_module(args: Namespace, module_name: str) -> str | None:
+    """A plug-in module may have a `check_args(args)` that raises, with a message for the user: that message."""
     ask = getattr(sys.modules[module_name], "check_args", None)
-    message = _answer(ask, args) if callable(ask) and not module_name.startswith("slime_local") else None
-    if message:
-        raise UsageError(f"{module_name}: {message}")
+    return _answer(ask, args) if callable(ask) and not module_name.startswith("slime_local") else None
 
 
 def _answer(ask: Callable[[Namespace], None], args: Namespace) -> str | None:

@@ -824,6 +824,16 @@ WRONG_COMMANDS = [
     ("train.py", "--custom-rm-path operator.nothing", "has no function nothing"),
     ("train.py", "--custom-rm-path reward", "give module.function"),
     ("train.py", "--custom-rm-path generate_with_tau.generate --custom-config-path tau.yaml", "setting(s) tau2_promt"),
+    (
+        "train.py",
+        "--custom-rm-path generate_with_tau.generate --custom-config-path retries.yaml",
+        "tau2_retries is '1k': give a whole number of at least 0",
+    ),
+    (
+        "train.py",
+        "--custom-rm-path generate_with_tau.generate --custom-config-path timeout.yaml",
+        "tau2_generate_timeout is '5m': give a number of seconds above 0",
+    ),
     ("train.py", "--apply-chat-template-kwargs {", "not JSON"),
     ("train.py", [*SFT, "--prompt-data", "user.jsonl", "--input-key", "p"], "no assistant turn to train"),
     ("train.py", [*SFT, "--prompt-data", "call.jsonl", "--input-key", "p"], "tool_calls with names"),
@@ -906,6 +916,8 @@ def workshop(tmp_path_factory) -> Path:
         "list.yaml": "- a\n",
         "type.yaml": "rollout_batch_size: many\n",
         "tau.yaml": "tau2_promt: short\n",
+        "retries.yaml": "tau2_retries: 1k\n",
+        "timeout.yaml": "tau2_generate_timeout: 5m\n",
     }
     for name, text in rows.items():
         (folder / name).write_text(text)

@@ -182,10 +182,10 @@ def test_earlier_rollouts_are_a_start(make_args, tmp_path):
     [
         ({"rollout_all_samples_process_path": None}, "--rollout-all-samples-process-path"),
         ({"prompt_data": None}, "--prompt-data"),
-        ({"tau2_curriculum_tries": 0}, "1 <= tries"),
-        ({"tau2_curriculum_tries": 20}, "1 <= tries"),
+        ({"tau2_curriculum_tries": 0}, "whole number of at least 1"),
+        ({"tau2_curriculum_tries": 20}, "tries <= window"),
         ({"tau2_curriculum_revisit": 0}, "above 0"),
-        ({"tau2_curriculum_window": "many"}, "are numbers"),
+        ({"tau2_curriculum_window": "many"}, "tau2_curriculum_window is 'many'"),
         ({"tau2_curriculum_start": "nowhere"}, "does not exist"),
     ],
 )

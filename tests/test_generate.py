@@ -14,6 +14,7 @@ from slime_local.sample import Sample
 from tau2_domains import issue_type, load_tasks
 from tau2_episode import EpisodeConfig, run_episode
 from tau2_errors import BadInput
+from tau2_settings import Settings, read_settings
 
 TASKS = {issue_type(task.id): task for task in load_tasks("telecom", "test")}
 PARAMS = {"temperature": 0.7, "max_new_tokens": 4096, "stop_token_ids": None, "no_stop_trim": True}
@@ -269,6 +270,47 @@ def test_settings_can_be_checked_before_a_rollout(change, named):
     check_args(SimpleNamespace(tau2_prompt="short", tau2_max_turn_tokens=96))
     with pytest.raises(BadInput, match=named):
         check_args(SimpleNamespace(**change))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("retries", ["x", -1, 2.5, True, "1k", 101, [1]]),
+        ("generate_timeout", ["5m", 0, -1, True, float("inf"), float("nan"), 10**400]),
+        ("max_turn_tokens", ["1k", 0, True, 96.5]),
+        ("max_steps", ["many", 0, 1e9]),
+        ("max_errors", [False]),
+        ("user_concurrency", ["all", 0]),
+        ("redraw_ids", ["half", 2]),
+        ("partial_alpha", [True, "x", -0.5]),
+        ("customer_tool_penalty", [[0.1]]),
+        ("partial_matching", [["sound"], 1]),
+        ("prompt", [1, "", ["short"]]),
+        ("user", [True, {}]),
+        ("domain", [5]),
+        ("data", [True, ["a.jsonl"]]),
+        ("curriculum_tries", ["8x", 0]),
+        ("curriculum_start", [[1], {}]),
+    ],
+)
+async def test_no_setting_of_another_type_or_range_reaches_an_episode(args, model, name, values):
+    """Each would break every episode, and a filter would have others drawn in their place for ever."""
+    for value in values:
+        vars(args)[f"tau2_{name}"] = value
+        with pytest.raises(BadInput, match=f"^tau2_{name} is .*(give|choose)"):
+            check_args(args)
+        sample = await generate(args, make_sample(), PARAMS)
+        assert_removed(sample)
+        assert f"tau2_{name} is" in sample.metadata["tau2"]["bad_input"]
+    assert not model.requests
+
+
+def test_settings_are_taken_as_yaml_gives_them():
+    given = {"retries": "2", "generate_timeout": "6e1", "redraw_ids": True, "user_args": None, "curriculum_start": "a"}
+    found = read_settings(SimpleNamespace(**{f"tau2_{name}": value for name, value in given.items()}))
+    assert (found.retries, found.generate_timeout, found.redraw_ids) == (2, 60.0, 1.0)
+    assert (found.user_args, found.curriculum_start, found.max_steps) == ({}, ("a",), 200)
+    assert read_settings(type("Args", (), {})()) == Settings()
 
 
 async def test_slimes_contract_with_bare_args():

@@ -22,6 +22,7 @@ from tau2_episode import AgentTurn, EpisodeConfig, run_episode
 from tau2_errors import BadInput
 from tau2_mock import write_jsonl
 from tau2_moods import CHOICES, MOODS, PERSONA_MOODS, make_mood
+from tau2_settings import read_settings
 from tau2_teacher import STYLES, WORDINGS, AlwaysTransfer, ScriptedTeacher, _please, hear, run_split
 from tau2_understanding import parse
 from tau2_users import ScriptedCustomer
@@ -312,7 +313,7 @@ def test_unknown_moods_and_settings_are_refused_everywhere(user_args, tmp_path, 
 def test_the_settings_of_a_rollout_name_the_mood():
     args = SimpleNamespace(tau2_user_args={"mood": "rambling"})
     generate_with_tau.check_args(args)
-    assert generate_with_tau.episode_config(args, {}).user_args == {"mood": "rambling"}
+    assert generate_with_tau.episode_config(read_settings(args), {}).user_args == {"mood": "rambling"}
 
 
 def test_traces_of_moods_and_wordings(tmp_path):

@@ -2,7 +2,8 @@
 
     --custom-generate-function-path generate_with_tau.generate
 
-Settings are attributes of slime's args, set in the YAML of --custom-config-path; each has a default:
+Settings are attributes of slime's args, set in the YAML of --custom-config-path; each has a default, and
+tau2_settings.py reads and checks them all:
 
     tau2_prompt: official            "short" is a 90-word prompt for small models
     tau2_domain: telecom             of rows whose metadata name none
@@ -57,23 +58,15 @@ from tau2_episode import (
     run_episode,
 )
 from tau2_errors import BadInput
-from tau2_reward_shaping import MATCHINGS
+from tau2_settings import DEFAULTS, Settings, read_settings
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 FIRST_WAIT = 0.5  # seconds, doubled after each failed attempt
-TURN_TOKENS = 1024
-GENERATE_TIMEOUT = 900.0
+TURN_TOKENS = DEFAULTS.max_turn_tokens
+GENERATE_TIMEOUT = DEFAULTS.generate_timeout
 LARGEST_LOG_PROB = 1e-3  # rounding of 0
-SETTINGS = [
-    f"tau2_{name}"
-    for name in (
-        "domain prompt user user_args user_concurrency max_steps max_errors max_turn_tokens redraw_ids data retries "
-        "generate_timeout partial_alpha partial_matching customer_tool_penalty curriculum_tries curriculum_window "
-        "curriculum_revisit curriculum_start"
-    ).split()
-]
 ROUTING_HEADER = "X-SMG-Routing-Key"
 
 
@@ -316,47 +309,29 @@ async def generate(args: Any, sample: Any, sampling_params: dict, evaluation: bo
 
 
 async def _generate(args: Any, sample: Any, sampling_params: dict, evaluation: bool) -> Any:
-    _refuse_partial_rollout(args)
-    config, task = episode_config(args, sample.metadata or {}), find_task(args, sample)
+    settings = read_settings(args)
+    config, task = episode_config(settings, sample.metadata or {}), find_task(settings, sample)
     await customer_checked(config)
-    config = replace(config, redraw_ids=redraws_ids(args, sample))
+    config = replace(config, redraw_ids=redraws_ids(args, settings, sample))
     began = time.perf_counter()
-    for _ in range(1 + int(getattr(args, "tau2_retries", 1))):
-        agent = _make_agent(args, sample, sampling_params, evaluation)
+    for _ in range(1 + settings.retries):
+        agent = _make_agent(args, settings, sample, sampling_params, evaluation)
         episode = await run_episode(task, agent, config, episode_seed(args, sample), lambda: _slime_is_aborting(args))
         if not episode.end_reason.is_infrastructure or episode.end_reason is EndReason.GENERATION_ABORTED:
             break
         logger.warning("sample %s: %s: %s", sample.index, episode.end_reason.value, episode.detail)
     sample.non_generation_time = max(0.0, time.perf_counter() - began - episode.agent_seconds)
-    return _finish(args, sample, agent, episode)
+    return _finish(args, sample, agent, episode, config.redraw_ids)
 
 
 def check_args(args: Any) -> None:
     """What can be told before a rollout starts; a driver that checks its command calls this. Raises BadInput."""
-    unknown = [name for name in vars(args) if name.startswith("tau2_") and name not in SETTINGS]
-    if unknown:
-        raise BadInput(f"unknown setting(s) {', '.join(unknown)}; the plug-ins know: {', '.join(SETTINGS)}")
-    _refuse_partial_rollout(args)
-    _check_reward(args)
-    config = episode_config(args, _first_metadata(args))
+    settings = read_settings(args)
+    config = episode_config(settings, _first_metadata(args))
     config.validate()
-    if getattr(args, "tau2_data", None):
-        _tasks_by_index(str(args.tau2_data))
+    if settings.data:
+        _tasks_by_index(settings.data)
     check_customer(config)
-
-
-def _check_reward(args: Any) -> None:
-    for name in ("tau2_partial_alpha", "tau2_customer_tool_penalty"):
-        value = getattr(args, name, 0.0)
-        try:
-            usable = 0 <= float(value) < math.inf
-        except (TypeError, ValueError):
-            usable = False
-        if not usable:
-            raise BadInput(f"{name} is {str(value)[:40]!r}: give a number of at least 0")
-    matching = getattr(args, "tau2_partial_matching", "sound")
-    if matching not in MATCHINGS:
-        raise BadInput(f"tau2_partial_matching is {str(matching)[:40]!r}; choose one of: {', '.join(MATCHINGS)}")
 
 
 def _first_metadata(args: Any) -> dict:
@@ -369,32 +344,18 @@ def _first_metadata(args: Any) -> dict:
         return {}
 
 
-def _refuse_partial_rollout(args: Any) -> None:
-    if getattr(args, "partial_rollout", False):
-        raise BadInput("--partial-rollout cannot be used: an episode cannot go on in another environment")
-
-
-def episode_config(args: Any, metadata: dict) -> EpisodeConfig:
-    """The episode's settings from args and the row's metadata."""
+def episode_config(settings: Settings, metadata: dict) -> EpisodeConfig:
+    """The episode's settings from the plug-in's and the row's metadata."""
     return EpisodeConfig(
-        domain=metadata.get("domain") or getattr(args, "tau2_domain", "telecom"),
-        prompt=getattr(args, "tau2_prompt", "official"),
-        user=getattr(args, "tau2_user", "scripted"),
-        user_args=_user_args(getattr(args, "tau2_user_args", None) or {}),
-        max_steps=int(getattr(args, "tau2_max_steps", 200)),
-        max_errors=int(getattr(args, "tau2_max_errors", 10)),
-        redraw_ids=redraw_share(args) > 0,
-        user_concurrency=int(getattr(args, "tau2_user_concurrency", 32)),
+        domain=metadata.get("domain") or settings.domain,
+        prompt=settings.prompt,
+        user=settings.user,
+        user_args=dict(settings.user_args),
+        max_steps=settings.max_steps,
+        max_errors=settings.max_errors,
+        redraw_ids=settings.redraw_ids > 0,
+        user_concurrency=settings.user_concurrency,
     )
-
-
-def _user_args(value: Any) -> dict[str, Any]:
-    """A mapping, or JSON text of one. Raises BadInput, which does not repeat the text: it may hold a key."""
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-        return {str(name): setting for name, setting in found.items()}
-    except (ValueError, AttributeError):
-        raise BadInput("tau2_user_args is no mapping of the customer's arguments") from None
 
 
 def episode_seed(args: Any, sample: Any) -> int:
@@ -403,39 +364,26 @@ def episode_seed(args: Any, sample: Any) -> int:
     return int(getattr(args, "rollout_seed", 0) or 0) + int(position or 0)
 
 
-def redraw_share(args: Any) -> float:
-    """The share of prompt groups that get new ids. Raises BadInput."""
-    value = getattr(args, "tau2_redraw_ids", False)
-    try:
-        share = float(value)
-    except (TypeError, ValueError, OverflowError):
-        share = math.nan
-    if not 0 <= share <= 1:
-        raise BadInput(f"tau2_redraw_ids is {str(value)[:40]!r}: give true, false, or a share between 0 and 1")
-    return share
-
-
-def redraws_ids(args: Any, sample: Any) -> bool:
+def redraws_ids(args: Any, settings: Settings, sample: Any) -> bool:
     """Whether this sample's group gets new ids: drawn by the seed that the group shares."""
-    return random.Random(f"redraw_ids:{episode_seed(args, sample)}").random() < redraw_share(args)
+    return random.Random(f"redraw_ids:{episode_seed(args, sample)}").random() < settings.redraw_ids
 
 
-def find_task(args: Any, sample: Any) -> Any:
+def find_task(settings: Settings, sample: Any) -> Any:
     """The row's task: in its metadata, by its task_id, or by its index in tau2_data. Raises BadInput."""
     metadata = sample.metadata or {}
     if metadata.get("task"):
         return metadata["task"]
     if metadata.get("task_id"):
-        tasks = tasks_by_id(episode_config(args, metadata).domain)
+        tasks = tasks_by_id(episode_config(settings, metadata).domain)
         if metadata["task_id"] not in tasks:
             raise BadInput(f"no task has the id {metadata['task_id']!r}")
         return tasks[metadata["task_id"]]
-    path = getattr(args, "tau2_data", None)
-    if not path:
+    if not settings.data:
         raise BadInput("the row's metadata hold neither task nor task_id, and tau2_data names no tasks file")
-    tasks = _tasks_by_index(str(path))
+    tasks = _tasks_by_index(settings.data)
     if sample.prompt not in tasks:
-        raise BadInput(f"{path} has no row with index {sample.prompt!r}; use --input-key index")
+        raise BadInput(f"{settings.data} has no row with index {sample.prompt!r}; use --input-key index")
     return tasks[sample.prompt]
 
 
@@ -449,7 +397,7 @@ def _tasks_by_index(path: str) -> dict[int, dict]:
         raise BadInput(f"{path}: not a tasks file of tau2_mock.py ({error!r})") from error
 
 
-def _make_agent(args: Any, sample: Any, sampling_params: dict, evaluation: bool) -> TokenAgent:
+def _make_agent(args: Any, settings: Settings, sample: Any, sampling_params: dict, evaluation: bool) -> TokenAgent:
     folder = getattr(args, "hf_checkpoint", None)
     if not folder:
         raise BadInput("--hf-checkpoint is not set: the tokenizer is read from there")
@@ -458,20 +406,20 @@ def _make_agent(args: Any, sample: Any, sampling_params: dict, evaluation: bool)
         load_chat_template(str(folder), json.dumps(template_kwargs, sort_keys=True)),
         f"http://{args.sglang_router_ip}:{args.sglang_router_port}/generate",
         sampling_params,
-        token_limits(args, sampling_params, evaluation),
+        token_limits(args, settings, sampling_params, evaluation),
         session_id=sample.session_id,
-        timeout=float(getattr(args, "tau2_generate_timeout", GENERATE_TIMEOUT)),
+        timeout=settings.generate_timeout,
         payload={"return_routed_experts": True} if getattr(args, "use_rollout_routing_replay", False) else None,
         should_stop=lambda: _slime_is_aborting(args),
     )
 
 
-def token_limits(args: Any, sampling_params: dict, evaluation: bool) -> TokenLimits:
+def token_limits(args: Any, settings: Settings, sampling_params: dict, evaluation: bool) -> TokenLimits:
     """The limits that slime's flags set; without a context flag, the context is the model's own."""
     context = getattr(args, "eval_max_context_len", None) if evaluation else None
     context = context or getattr(args, "rollout_max_context_len", None) or model_context(str(args.hf_checkpoint))
     response = sampling_params.get("max_new_tokens") or getattr(args, "rollout_max_response_len", None)
-    return TokenLimits(int(getattr(args, "tau2_max_turn_tokens", TURN_TOKENS)), response, context)
+    return TokenLimits(settings.max_turn_tokens, response, context)
 
 
 @lru_cache(maxsize=8)
@@ -509,8 +457,8 @@ def _slime_is_aborting(args: Any) -> bool:
 # Into the sample
 
 
-def _finish(args: Any, sample: Any, agent: TokenAgent, episode: Episode) -> Any:
-    record = {**_record(agent, episode), "redraw_ids": redraws_ids(args, sample)}
+def _finish(args: Any, sample: Any, agent: TokenAgent, episode: Episode, redrawn: bool) -> Any:
+    record = {**_record(agent, episode), "redraw_ids": redrawn}
     if episode.end_reason.is_infrastructure:
         return _remove(sample, record)
     if not agent.turns:

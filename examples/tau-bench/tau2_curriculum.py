@@ -37,10 +37,10 @@ from typing import Any
 
 from tau2_errors import BadInput
 from tau2_results import write_json
+from tau2_settings import setting
 
 logger = logging.getLogger(__name__)
 
-TRIES, WINDOW, REVISIT = 8, 16, 0.05
 STATE_FILE = re.compile(r"curriculum_(\d+)\.json")
 
 
@@ -53,29 +53,17 @@ def check_args(args: Any) -> None:
         )
     if not args.rollout_global_dataset or args.prompt_data is None:
         raise BadInput("the curriculum needs --prompt-data and no --disable-rollout-global-dataset")
-    tries, window, revisit, _ = _settings(args)
-    if not 1 <= tries <= window:
-        raise BadInput(f"tau2_curriculum_tries {tries} and _window {window}: 1 <= tries <= window is needed")
-    if not 0 < revisit <= 1:
-        raise BadInput(f"tau2_curriculum_revisit is {revisit}: give a number above 0 and at most 1")
+    tries, window = setting(args, "curriculum_tries"), setting(args, "curriculum_window")
+    if tries > window:
+        raise BadInput(f"tau2_curriculum_tries {tries} and _window {window}: tries <= window is needed")
+    setting(args, "curriculum_revisit")
     for path in _starts(args):
         if not path.exists():
             raise BadInput(f"tau2_curriculum_start: {path} does not exist")
 
 
-def _settings(args: Any) -> tuple[int, int, float, list[str]]:
-    try:
-        tries = int(getattr(args, "tau2_curriculum_tries", TRIES))
-        window = int(getattr(args, "tau2_curriculum_window", WINDOW))
-        revisit = float(getattr(args, "tau2_curriculum_revisit", REVISIT))
-    except (TypeError, ValueError, OverflowError):
-        raise BadInput("tau2_curriculum_tries, _window and _revisit are numbers") from None
-    start = getattr(args, "tau2_curriculum_start", None) or []
-    return tries, window, revisit, [start] if isinstance(start, str) else list(start)
-
-
 def _starts(args: Any) -> list[Path]:
-    return [Path(str(name)) for name in _settings(args)[3]]
+    return [Path(name) for name in setting(args, "curriculum_start")]
 
 
 class CurriculumDataSource:
@@ -85,7 +73,9 @@ class CurriculumDataSource:
     def __init__(self, args: Any) -> None:
         check_args(args)
         self.args = args
-        self.tries, self.window, self.revisit, _ = _settings(args)
+        self.tries, self.window, self.revisit = (
+            setting(args, f"curriculum_{name}") for name in ("tries", "window", "revisit")
+        )
         self.rows = _host_source(args).dataset.origin_samples
         self.tasks = [_task_of(row.metadata) for row in self.rows]
         if not all(self.tasks):

@@ -48,12 +48,13 @@ from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from tau2_settings import DEFAULTS, MATCHINGS, setting
+
 logger = logging.getLogger(__name__)
 
-ALPHA = 0.5
+ALPHA = DEFAULTS.partial_alpha
 MOST_PENALTY = 0.25
 WEIGHTS = {"action": 0.7, "communicate": 0.1, "assertion": 0.2}
-MATCHINGS = ("sound", "official")
 GROUP_NORMALISED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
 STD_NORMALISED = ("grpo", "gspo", "cispo")
 STD_EPSILON = 1e-6  # slime's
@@ -100,9 +101,8 @@ def trained_reward(args: Any, sample: Any) -> float:
     What a limit cut off has no partial credit."""
     record = _record(sample)
     checks = None if sample.status is type(sample).Status.TRUNCATED else record.get("checks")
-    alpha = float(getattr(args, "tau2_partial_alpha", ALPHA))
-    penalty = float(getattr(args, "tau2_customer_tool_penalty", 0.0)) * record.get("customer_tool_calls", 0)
-    matching = getattr(args, "tau2_partial_matching", "sound")
+    penalty = setting(args, "customer_tool_penalty") * record.get("customer_tool_calls", 0)
+    alpha, matching = setting(args, "partial_alpha"), setting(args, "partial_matching")
     return shaped_reward(_binary(args, sample), checks, alpha, matching) - min(penalty, MOST_PENALTY)
 
 
@@ -313,7 +313,7 @@ def episode_metrics(args: Any, samples: Iterable[Any]) -> dict[str, float]:
 
 
 def _means(args: Any, kept: list[tuple[Any, dict]]) -> dict[str, float]:
-    matching = getattr(args, "tau2_partial_matching", "sound")
+    matching = setting(args, "partial_matching")
     by_type = defaultdict(list)
     for _, record in kept:
         by_type[record.get("issue_type", "other")].append(bool(record["solved"]))
