@@ -346,6 +346,26 @@ async def test_a_customer_that_stays_broken_costs_its_samples(how, args, provide
     )
 
 
+def test_a_customer_that_is_dead_ends_the_training_run(provider, customer, tiny_model_dir, tmp_path, capsys):
+    """The filter drops each group and asks for others: the rollout would never end."""
+    provider.behave = lambda number, body: 500 if number > 1 else None  # the check before the run is answered
+    tasks = [json.loads(task.model_dump_json()) for task in TASKS[:4]]
+    write_jsonl(tmp_path / "tasks.jsonl", [{"index": i, "metadata": {"task": task}} for i, task in enumerate(tasks)])
+    settings = {**customer, "tau2_prompt": "short", "tau2_retries": 0}
+    settings["tau2_user_args"] = {**settings["tau2_user_args"], "num_retries": 0}
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    words = f"""--host local --hf-checkpoint {tiny_model_dir} --prompt-data {tmp_path}/tasks.jsonl --input-key index
+        --custom-generate-function-path generate_with_tau.generate --custom-config-path {tmp_path}/config.yaml
+        --custom-reward-post-process-path tau2_reward_shaping.tau2_reward_post_process
+        --dynamic-sampling-filter-path tau2_reward_shaping.check_shaped_reward_spread --num-rollout 2
+        --rollout-batch-size 2 --n-samples-per-prompt 2 --global-batch-size 4 --rollout-max-response-len 100"""
+    assert train.main(words.split()) == 2
+    said = capsys.readouterr().err.splitlines()
+    told = "check_shaped_reward_spread: no episode could run in 6 groups on end; 6 of them: user_failed"
+    assert told in said[-1] and said[-1].startswith("error: ")
+    record("GRPO rollout", "customer: dead, in every episode", "one line, exit code 2, after three batches of it")
+
+
 @pytest.mark.parametrize("how", CUSTOMER_FAULTS)
 async def test_a_customer_that_is_broken_once_costs_nothing(how, args, provider, customer, monkeypatch):
     vars(args).update(customer)

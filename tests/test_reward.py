@@ -362,12 +362,39 @@ def test_the_filter_keeps_what_the_trained_reward_tells_apart(group, keep, reaso
     assert keep == any(value != 0 for value in advantages)
 
 
-def test_the_filter_asks_for_no_others_where_the_input_is_wrong():
-    """A rollout that draws another group for each would never end; of a whole batch of them the run is told."""
-    group = [sample(status="ABORTED", removed=True, bad_input="no room for a turn") for _ in range(4)]
-    assert check_shaped_reward_spread(SimpleNamespace(), group).keep
-    with pytest.raises(RuntimeError, match="no room for a turn"):
-        tau2_reward_post_process(SimpleNamespace(), group)
+def lost_group(number, **record):
+    record = {"end_reason": "user_failed", "detail": "HTTP 500", **record}
+    return [sample(group=number, status="ABORTED", removed=True, **record) for _ in range(4)]
+
+
+@pytest.mark.parametrize("filter_", [check_shaped_reward_spread, check_shaped_reward_spread_with_fallback])
+@pytest.mark.parametrize(
+    ("record", "told"), [({}, "user_failed: HTTP 500"), ({"bad_input": "no room for a turn"}, "no room for a turn")]
+)
+def test_the_filter_ends_a_run_in_which_nothing_runs(filter_, record, told):
+    """A rollout that draws another group for each would never end, whatever the reason."""
+    args = SimpleNamespace(rollout_batch_size=2, over_sampling_batch_size=3)
+    for number in range(8):
+        assert filter_(args, lost_group(number, **record)).reason == "no_spread_broken"
+    with pytest.raises(RuntimeError, match=f"no episode could run in 9 groups on end; 9 of them: {told}"):
+        filter_(args, lost_group(8, **record))
+
+
+def test_an_episode_in_between_begins_the_count_anew_and_runs_do_not_share_it():
+    args, other = (SimpleNamespace(rollout_batch_size=1) for _ in range(2))
+    for number in range(10):
+        check_shaped_reward_spread(args, lost_group(number) if number % 3 else [sample(), *lost_group(number)])
+    check_shaped_reward_spread(other, lost_group(0))
+
+
+def test_without_a_filter_batches_of_nothing_end_the_run():
+    args = SimpleNamespace(rollout_batch_size=2)
+    batches = [[*lost_group(number), *lost_group(number + 1)] for number in (0, 2, 4)]
+    for batch in batches[:2]:
+        assert tau2_reward_post_process(args, batch)[1] == [0.0] * 8
+        tau2_reward_post_process(args, batch)  # groups that were counted before
+    with pytest.raises(RuntimeError, match="in 6 groups on end"):
+        tau2_reward_post_process(args, batches[2])
 
 
 def test_without_partial_credit_the_filter_sees_the_binary_reward():

@@ -59,6 +59,8 @@ GROUP_NORMALISED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
 STD_NORMALISED = ("grpo", "gspo", "cispo")
 STD_EPSILON = 1e-6  # slime's
 SPREAD = 1e-6  # a smaller difference of rewards is none
+LOST_GROUPS = "groups_without_episode"  # attribute of args: {number of a group: why}
+LOST_BATCHES = 3  # of groups on end without an episode: what lasts that long is no passing fault
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,10 +120,10 @@ def tau2_reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[fl
     """(raw_rewards, rewards), both of len(samples): the binary rewards, and the shaped ones normalised per group.
 
     Groups are the samples of one prompt (`group_index`), of whatever sizes. Samples that hold no episode (aborted or
-    removed) get 0.0 and stay out of their group's mean and standard deviation. Raises RuntimeError when a mistake in
-    the configuration has left the whole batch without an episode, which no later batch can mend.
+    removed) get 0.0 and stay out of their group's mean and standard deviation. Raises RuntimeError when no episode can
+    run (see `refuse_lost`).
     """
-    _refuse_hopeless(samples)
+    refuse_lost(args, samples, whole_batch=True)
     raw = [_binary(args, sample) for sample in samples]
     shaped = [trained_reward(args, sample) if is_episode(sample) else 0.0 for sample in samples]
     return raw, _normalise(args, samples, shaped)
@@ -166,15 +168,47 @@ def _number(reward: Any) -> float:
     return float(reward) if reward is not None else 0.0
 
 
-def _refuse_hopeless(samples: Sequence[Any]) -> None:
-    if mistake := _hopeless(samples):
-        raise RuntimeError(f"no episode could run: {mistake}")
+# ---------------------------------------------------------------------------------------------------------------------
+# When nothing runs
 
 
-def _hopeless(samples: Sequence[Any]) -> str | None:
-    """What is wrong with the input when none of the samples could run for it."""
-    mistakes = [_record(sample).get("bad_input") for sample in samples]
-    return mistakes[0] if samples and all(mistakes) else None
+def refuse_lost(args: Any, samples: Sequence[Any], whole_batch: bool = False) -> None:
+    """Raise RuntimeError, with which both hosts end the run, when groups without a single episode do not end.
+
+    A filter would have others drawn in their place for ever, and without one every rollout would train nothing. They
+    may be LOST_BATCHES batches on end; a whole batch that a mistake in the input kept from running is enough, for no
+    later one can mend that. Counted in `args`, which is the run's own, by the groups' numbers: what the filter has
+    seen, the batch may hold again.
+
+    samples: of one group (of a filter) or of a batch."""
+    if not samples or any(is_episode(sample) for sample in samples):
+        vars(args).pop(LOST_GROUPS, None)
+        return
+    lost: dict[Any, str] = vars(args).setdefault(LOST_GROUPS, {})
+    lost |= {_number_of(group): _why_lost(group) for group in by_group(samples)}
+    mistaken = whole_batch and all(_record(sample).get("bad_input") for sample in samples)
+    if mistaken or len(lost) >= _most_lost(args):
+        why, count = Counter(lost.values()).most_common(1)[0]
+        raise RuntimeError(f"no episode could run in {len(lost)} groups on end; {count} of them: {why}")
+
+
+def _number_of(group: Sequence[Any]) -> Any:
+    return ("alone", group[0].index) if group[0].group_index is None else group[0].group_index
+
+
+def _why_lost(group: Sequence[Any]) -> str:
+    record = _record(group[0])
+    if mistake := record.get("bad_input"):
+        return str(mistake)
+    reason, detail = record.get("end_reason", "aborted"), str(record.get("detail") or "")
+    return f"{reason}: {detail[:300]}" if detail else str(reason)
+
+
+def _most_lost(args: Any) -> float:
+    """In groups; those in flight count, which one passing fault may hit together."""
+    names = ("rollout_batch_size", "over_sampling_batch_size")
+    sizes = [size for name in names if (size := getattr(args, name, None))]
+    return LOST_BATCHES * max(sizes) if sizes else float("inf")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,11 +218,9 @@ def _hopeless(samples: Sequence[Any]) -> str | None:
 def check_shaped_reward_spread(args: Any, samples: Sequence[Any], **_: Any) -> Any:
     """Keep a group in which the trained rewards of two episodes differ; what holds no episode is left out.
 
-    A group that its input kept from running is kept too: with others in its place a wrong setting would have groups
-    drawn for ever, and a batch of nothing else is refused (tau2_reward_post_process).
+    Raises RuntimeError when groups without an episode do not end (see `refuse_lost`).
     A slime DynamicFilterOutput under slime, elsewhere an object with the same fields."""
-    if _hopeless(samples):
-        return _filter_output(True, None)
+    refuse_lost(args, samples)
     kind = group_kind(args, samples)
     return _filter_output(kind.has_gradient, None if kind.has_gradient else f"no_spread_{kind.outcome}")
 
