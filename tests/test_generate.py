@@ -199,6 +199,20 @@ async def test_slimes_abort_is_seen_between_turns(args, model, monkeypatch):
     assert len(model.requests) == 2
 
 
+async def test_a_removed_sample_has_what_slime_replays_in_training(args, model):
+    """slime converts a whole batch, and asks each of its samples for the experts and the nucleus of its tokens."""
+    model.behave = lambda number, payload: 400
+    vars(args).update(use_rollout_routing_replay=True, num_layers=3, moe_router_topk=2, rollout_top_p=0.9)
+    sample = make_sample()
+    sample.rollout_top_p_token_ids = None  # a field of slime's samples
+    assert_removed(await generate(args, sample, PARAMS))
+    experts = sample.rollout_routed_experts
+    assert tuple(experts.shape) == (len(sample.tokens) - 1, 3, 2)
+    assert all(int(experts[:, layer].count_nonzero()) for layer in range(3)), "all zero is a failed capture to slime"
+    assert sample.rollout_top_p_token_offsets == [0, len(sample.rollout_top_p_token_ids)]
+    assert len(sample.rollout_top_p_token_offsets) == sample.response_length + 1
+
+
 async def test_a_server_error_is_tried_again(args, model):
     model.behave = lambda number, payload: 503 if number in (1, 3, 4) else None
     sample = await generate(args, make_sample(), PARAMS)

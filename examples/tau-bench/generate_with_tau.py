@@ -302,10 +302,10 @@ async def generate(args: Any, sample: Any, sampling_params: dict, evaluation: bo
         return await _generate(args, sample, sampling_params, evaluation)
     except BadInput as error:
         logger.error("sample %s: %s", sample.index, error)
-        return _remove(sample, {"bad_input": str(error), "detail": str(error)})
+        return _remove(args, sample, {"bad_input": str(error), "detail": str(error)})
     except Exception as error:
         logger.exception("sample %s: the episode could not be run", sample.index)
-        return _remove(sample, {"detail": f"{type(error).__name__}: {error}"[:500]})
+        return _remove(args, sample, {"detail": f"{type(error).__name__}: {error}"[:500]})
 
 
 async def _generate(args: Any, sample: Any, sampling_params: dict, evaluation: bool) -> Any:
@@ -460,11 +460,11 @@ def _slime_is_aborting(args: Any) -> bool:
 def _finish(args: Any, sample: Any, agent: TokenAgent, episode: Episode, redrawn: bool) -> Any:
     record = {**_record(agent, episode), "redraw_ids": redrawn}
     if episode.end_reason.is_infrastructure:
-        return _remove(sample, record)
+        return _remove(args, sample, record)
     if not agent.turns:
         problem = agent.no_room() or "the customer ended it before the agent's first turn"
         logger.error("sample %s: %s", sample.index, problem)
-        return _remove(sample, {**record, "bad_input": problem})
+        return _remove(args, sample, {**record, "bad_input": problem})
     _clear(sample)
     sample.tokens = list(agent.prompt_ids)
     _append_turns(args, sample, agent)
@@ -508,14 +508,28 @@ def _clear(sample: Any) -> None:
     sample.remove_sample = False
 
 
-def _remove(sample: Any, record: dict) -> Any:
+def _remove(args: Any, sample: Any, record: dict) -> Any:
     """slime's form of a sample without an episode: one masked token, no weight in the loss, no reward."""
     _clear(sample)
     sample.tokens, sample.response_length = [0, 0], 1
     sample.loss_mask, sample.rollout_log_probs = [0], [0.0]
+    _fill_replayed(args, sample)
     sample.reward = 0.0
     sample.remove_sample = True
     sample.status = type(sample).Status.ABORTED
     record.setdefault("end_reason", EndReason.ENVIRONMENT_FAILED.value)
     sample.metadata = {**(sample.metadata or {}), "tau2": {**record, "reward": None, "solved": False}}
     return sample
+
+
+def _fill_replayed(args: Any, sample: Any) -> None:
+    """What slime replays in training it asks of every sample of a batch, or the whole batch fails: the experts of each
+    token before the last, and a nucleus for each response token. Of a masked token it may be any: not expert 0
+    throughout, which slime takes for a capture that failed."""
+    if getattr(args, "use_rollout_routing_replay", False):
+        import torch  # both hosts have it; nothing else here needs it
+
+        experts = torch.arange(args.moe_router_topk, dtype=torch.int32)
+        sample.rollout_routed_experts = experts.repeat(1, args.num_layers, 1)
+    if getattr(args, "rollout_top_p", 1.0) != 1.0 and hasattr(sample, "rollout_top_p_token_ids"):
+        sample.rollout_top_p_token_ids, sample.rollout_top_p_token_offsets = [0], [0, 1]
