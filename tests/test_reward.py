@@ -328,6 +328,34 @@ def test_log_hooks_add_to_what_slime_logs_and_let_it_go_on():
     assert log_eval_rollout(4, args, data, None) is False
 
 
+def test_the_logged_reward_of_training_is_that_of_the_episodes():
+    samples = [sample(1.0), sample(0.0), sample(1.0, 1), sample(0.0, 1, status="ABORTED", removed=True)]
+    raw, rewards = tau2_reward_post_process(SimpleNamespace(), samples)
+    assert statistics.fmean(raw) == pytest.approx(2 / 3) and raw[:3] == [1.0, 0.0, 1.0]
+    assert rewards[3] == 0.0
+
+
+def eval_data(*rewards):
+    """An evaluation as both hosts hand it over; None: a broken episode."""
+    broken = {"status": "ABORTED", "removed": True, "end_reason": "user_failed"}
+    samples = [sample(float(r)) if r is not None else sample(0.0, **broken) for r in rewards]
+    return {"rewards": [s.reward for s in samples], "truncated": [False] * len(samples), "samples": samples}
+
+
+def test_what_broke_in_an_evaluation_counts_neither_way(caplog):
+    args = SimpleNamespace(n_samples_per_eval_prompt=2, log_passrate=False)
+    data, extra = {"a": eval_data(1, 1, None, 0), "b": eval_data(None), "c": eval_data(1)}, {}
+    lists = data["a"]["rewards"]
+    assert log_eval_rollout(0, args, data, extra) is False
+    assert lists == data["a"]["rewards"] == [1.0, 1.0, 0.0] and len(data["a"]["samples"]) == 3
+    assert len(data["a"]["truncated"]) == 3 and set(data) == {"a", "c"}, "of b there is no number"
+    assert extra["eval/a/aborted"] == 1 and extra["eval/a/stop/user_failed"] == 0.25 and extra["eval/b/aborted"] == 1
+    assert "eval a: 1 of 4 episodes broken and left out (user_failed 1)" in caplog.text
+    args.log_passrate, data = True, {"a": eval_data(1, 1, None, 0)}
+    log_eval_rollout(0, args, data, {})
+    assert data["a"]["rewards"] == [1.0, 1.0], "pass@k needs whole groups"
+
+
 def test_partial_score_reads_what_run_episode_writes():
     task = load_tasks("telecom", "test")[0]
     episode = asyncio.run(run_episode(task, DoNothing(), EpisodeConfig()))

@@ -380,3 +380,28 @@ def kill_after_iteration(folder: Path, words: list[object], iteration: int) -> N
         process.stderr.close()
     assert process.returncode == -signal.SIGKILL
     assert int(tracker.read_text()) < 5
+
+
+BROKEN_PLUGIN = """
+import generate_with_tau
+
+async def generate(args, sample, sampling_params, evaluation=False):
+    if sample.index % 4 == 3:
+        return generate_with_tau._remove(args, sample, {"end_reason": "user_failed"})
+    sample.tokens, sample.response_length = [1, 2, 3], 1
+    sample.loss_mask, sample.rollout_log_probs = [1], [-1.0]
+    sample.reward, sample.status = 1.0, type(sample).Status.COMPLETED
+    return sample
+"""
+
+
+@pytest.mark.parametrize("passrate", [[], ["--log-passrate"]])
+def test_episodes_that_broke_are_no_failures_in_the_evaluation_of_a_run(folder, tiny_model_dir, passrate):
+    (folder / "breaks.py").write_text(BROKEN_PLUGIN)
+    words = [*GRPO, "--hf-checkpoint", tiny_model_dir, "--prompt-data", "rl.jsonl", "--num-rollout", 0]
+    words += ["--custom-generate-function-path", "breaks.generate", "--eval-interval", 1, "--debug-rollout-only"]
+    words += ["--eval-prompt-data", "test", "rl.jsonl", "--n-samples-per-eval-prompt", 2, *passrate]
+    words += ["--custom-eval-rollout-log-function-path", "tau2_reward_shaping.log_eval_rollout"]
+    done = train(folder, "--host", "local", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "eval 0: test 1.000" in done.stdout and "episodes broken and left out (user_failed" in done.stderr

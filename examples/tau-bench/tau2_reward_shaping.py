@@ -120,11 +120,14 @@ def tau2_reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[fl
     """(raw_rewards, rewards), both of len(samples): the binary rewards, and the shaped ones normalised per group.
 
     Groups are the samples of one prompt (`group_index`), of whatever sizes. Samples that hold no episode (aborted or
-    removed) get 0.0 and stay out of their group's mean and standard deviation. Raises RuntimeError when no episode can
-    run (see `refuse_lost`).
+    removed) get 0.0 and stay out of their group's mean and standard deviation; their raw reward, which is only logged,
+    is the mean of the others, so that what broke does not count as failed. Raises RuntimeError when no episode can run
+    (see `refuse_lost`).
     """
     refuse_lost(args, samples, whole_batch=True)
-    raw = [_binary(args, sample) for sample in samples]
+    kept = [_binary(args, sample) for sample in samples if is_episode(sample)]
+    filling = statistics.fmean(kept) if kept else 0.0
+    raw = [_binary(args, sample) if is_episode(sample) else filling for sample in samples]
     shaped = [trained_reward(args, sample) if is_episode(sample) else 0.0 for sample in samples]
     return raw, _normalise(args, samples, shaped)
 
@@ -305,14 +308,47 @@ def log_rollout(
 
 
 def log_eval_rollout(rollout_id: int, args: Any, data: dict[str, dict], extra_metrics: dict | None) -> bool:
-    """The same for evaluation data sets: {name: {"rewards", "truncated", "samples"}}."""
+    """The same for evaluation data sets: {name: {"rewards", "truncated", "samples"}}.
+
+    What broke is taken out of `data`, of which both hosts compute the headline next: its reward of 0 is no failure."""
     args.logged_eval_rollout_id = rollout_id
     metrics = {}
-    for name, result in data.items():
+    for name, result in list(data.items()):
         found = episode_metrics(args, result.get("samples") or [])
         metrics |= {f"eval/{name}/{key}": value for key, value in found.items()}
+        _leave_out_broken(args, name, data)
     _hand_over(args, rollout_id, extra_metrics, metrics, "eval/step")
     return False
+
+
+def _leave_out_broken(args: Any, name: str, data: dict[str, dict]) -> None:
+    """Take what holds no episode out of a data set's lists, in place; a data set without any out of `data`: the hosts
+    would divide by 0, and there is no number to log."""
+    result = data[name]
+    samples = list(result.get("samples") or [])
+    broken = [sample for sample in samples if not is_episode(sample)]
+    if not broken:
+        return
+    reasons = Counter(_record(sample).get("end_reason", "aborted") for sample in broken)
+    told = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+    logger.warning("eval %s: %d of %d episodes broken and left out (%s)", name, len(broken), len(samples), told)
+    kept = _whole_prompts(args, samples)
+    if not any(kept):
+        del data[name]
+        return
+    for key in ("rewards", "truncated", "samples"):
+        if key in result:
+            result[key][:] = [value for value, keep in zip(result[key], kept, strict=True) if keep]
+
+
+def _whole_prompts(args: Any, samples: Sequence[Any]) -> list[bool]:
+    """Which samples an evaluation counts: the episodes. With --log-passrate those of prompts without a broken one
+    only, for the hosts cut the list into groups of one size to compute pass@k."""
+    kept = [is_episode(sample) for sample in samples]
+    size = getattr(args, "n_samples_per_eval_prompt", None) or 1
+    if not getattr(args, "log_passrate", False) or size == 1 or len(kept) % size:
+        return kept
+    return [all(kept[place - place % size :][:size]) for place in range(len(kept))]
 
 
 def _hand_over(args: Any, rollout_id: int, extra: dict | None, metrics: dict, step_key: str) -> None:
