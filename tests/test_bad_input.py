@@ -844,6 +844,8 @@ WRONG_COMMANDS = [
     ("tau2_mock.py", f"--local_dir {'x' * 300}", "cannot be a folder"),
     ("tau2_mock.py", "--loca_dir x", "unrecognized arguments: --loca_dir"),
     ("teacher_traces.py", "", "does not exist; make it with: python"),
+    ("teacher_traces.py", "--tasks task.jsonl --output m", "m is a folder: give a file"),
+    ("teacher_traces.py", f"--tasks task.jsonl --output {'x' * 300}", "cannot be a file: File name too long"),
     ("teacher_traces.py", "--tasks rl.jsonl", "holds no task under metadata.task: is it a file of tau2_mock.py?"),
     ("teacher_traces.py", "--tasks torn.jsonl", "line 2 is not JSON"),
     ("teacher_traces.py", "--tasks odd-task.jsonl", "the task 'x' is not one of tau2's"),

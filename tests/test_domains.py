@@ -86,8 +86,9 @@ def test_the_four_stages(domain, tmp_path, tiny_model_dir, run_script, capsys, m
     with serving_openai(FakeGoldAgent(load_tasks(domain, "train"), domains.gold_turns)) as url:
         teacher = ["--teacher-llm", "gold", "--teacher-base-url", url, "--user", "recited", "--num-traces", "2"]
         assert teacher_traces.main(["--local_dir", ".", "--domain", domain, *teacher]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "teacher_traces.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and not (tmp_path / "teacher_traces.jsonl.partial").exists()
+    traces = f"{domain}_teacher_traces.jsonl"  # beside telecom's, not in its place
+    rows = [json.loads(line) for line in (tmp_path / traces).read_text().splitlines()]
+    assert len(rows) == 2 and not (tmp_path / f"{traces}.partial").exists()
     found = rows[0]["metadata"]
     assert (found["reward"], found["domain"], found["teacher"], found["user"]["kind"]) == (
         1,
@@ -101,7 +102,7 @@ def test_the_four_stages(domain, tmp_path, tiny_model_dir, run_script, capsys, m
         assert done.returncode == 0, done.stdout + done.stderr
 
     keep = ["--save-interval", "1", "--hf-checkpoint"]
-    step(*SFT, "--prompt-data", "teacher_traces.jsonl", "--save", "sft", "--save-hf", "sft/hf", *keep, tiny_model_dir)
+    step(*SFT, "--prompt-data", traces, "--save", "sft", "--save-hf", "sft/hf", *keep, tiny_model_dir)
     (tmp_path / "config.yaml").write_text("tau2_user: recited\ntau2_max_turn_tokens: 16\n")
     step(*GRPO, "--prompt-data", train, "--custom-config-path", "config.yaml", "--save", "grpo", *keep, "sft/hf")
     logged = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]

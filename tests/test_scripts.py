@@ -57,6 +57,10 @@ def test_what_is_made_of_a_model_lies_beside_it():
     sft, grpo = (parse_args(printed(s, HF_DIR="/m/M", HOST="local"), "local") for s in ("run_sft.sh", "run_grpo.sh"))
     assert sft.save == grpo.ref_load == "/m/M_sft_telecom" and grpo.save == "/m/M_rl_telecom"
     assert str(sft.prompt_data) == "/m/tau2-telecom/teacher_traces.jsonl"
+    retail = parse_args(printed("run_sft.sh", HF_DIR="/m/M", HOST="local", DOMAIN="retail"), "local")
+    assert str(retail.prompt_data) == "/m/tau2-retail/retail_teacher_traces.jsonl"
+    both = parse_args(printed("run_sft.sh", TRACES="/t.jsonl", HOST="local", DOMAIN="retail"), "local")
+    assert str(both.prompt_data) == "/t.jsonl"
 
 
 def test_an_evaluation_is_printed_and_has_no_check(tmp_path):

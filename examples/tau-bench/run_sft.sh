@@ -14,7 +14,8 @@ TORCH_DIST_DIR=${TORCH_DIST_DIR:-${HF_DIR}_torch_dist} # and converted for Megat
 SFT_DIR=${SFT_DIR:-${HF_DIR}_sft_$DOMAIN}
 DATA_DIR=${DATA_DIR:-$(dirname "$HF_DIR")/tau2-$DOMAIN}
 PROMPT=${PROMPT:-official}
-TRACES=${TRACES:-$DATA_DIR/teacher_traces.jsonl}
+if [ "$DOMAIN" = telecom ]; then TRACES=${TRACES:-$DATA_DIR/teacher_traces.jsonl}; fi
+TRACES=${TRACES:-$DATA_DIR/${DOMAIN}_teacher_traces.jsonl}
 
 model_args
 whole_number NUM_ROLLOUT "${NUM_ROLLOUT:-1}" SAVE_INTERVAL "${SAVE_INTERVAL:-1}"

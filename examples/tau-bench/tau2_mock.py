@@ -156,6 +156,18 @@ def check_folder(folder: Path) -> None:
         raise BadInput(f"no permission to write in {nearest}")
 
 
+def check_file(path: Path) -> None:
+    """Raises BadInput when no file can be written at `path`, whose folder need not exist yet. Creates nothing."""
+    check_folder(path.parent)
+    try:
+        if path.is_dir():
+            raise BadInput(f"{path} is a folder: give a file")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise BadInput(f"no permission to write {path}")
+    except OSError as error:
+        raise BadInput(f"{str(path)[:80]} cannot be a file: {error.strerror}") from error
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSONL file. Raises BadInput when it is missing or empty or has a broken line (its number)."""
     try:

@@ -3,8 +3,8 @@
     python examples/tau-bench/teacher_traces.py --local_dir data
 
 runs the scripted teacher with the scripted customer on the tasks of data/telecom_train_tasks.jsonl (tau2_mock.py
-writes them) and writes data/teacher_traces.jsonl in the form that slime's SFT rollout reads with `--input-key prompt
---tool-key tools`:
+writes them) and writes data/teacher_traces.jsonl (of other domains data/DOMAIN_teacher_traces.jsonl) in the form that
+slime's SFT rollout reads with `--input-key prompt --tool-key tools`:
 
     {"prompt": [messages with structured tool_calls], "tools": [OpenAI schemas], "metadata": {"task_id", ...}}
 
@@ -58,7 +58,7 @@ from tau2_errors import BadInput
 from tau2_mock import (
     NEAR_TEST_TASK,
     TEST_TASK,
-    check_folder,
+    check_file,
     draw_tasks,
     mix_weights,
     positive,
@@ -592,7 +592,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--local_dir", "--local-dir", type=Path, required=True, help="folder with the task files, and for the rows")
-    add("--output", type=Path, help="file for the rows (default: LOCAL_DIR/teacher_traces.jsonl)")
+    add("--output", type=Path, help="file for the rows (default: LOCAL_DIR/[DOMAIN_]teacher_traces.jsonl)")
     add("--domain", default="telecom")
     add("--prompt", choices=PROMPTS, default="official", help="system prompt profile (default: official)")
     add("--tasks", type=Path, nargs="+", help="files of tau2_mock.py (default: LOCAL_DIR/DOMAIN_train_tasks.jsonl)")
@@ -656,7 +656,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.max_context_len = None  # the endpoint's own
     args.tasks = args.tasks or [args.local_dir / f"{args.domain}_train_tasks.jsonl"]
     name = "rollout_traces.jsonl" if args.from_rollouts else "teacher_traces.jsonl"
-    args.output = args.output or args.local_dir / name
+    own = "" if args.domain == "telecom" else f"{args.domain}_"  # rows of two domains may share a folder
+    args.output = args.output or args.local_dir / f"{own}{name}"
     return args
 
 
@@ -708,7 +709,7 @@ def make_traces(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        check_folder(args.output.parent)
+        check_file(args.output)
         rows, dropped, journal = make_traces(args)
         if not rows:
             raise BadInput(f"no row is left to write (dropped: {_counts(dropped)})")
