@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tau2_domains import SPLIT_FOLDERS, issue_type, load_split_ids, load_tasks, task_type
+from tau2_domains import SPLIT_FOLDERS, is_telecom, issue_type, load_split_ids, load_tasks, task_type, tasks_by_id
 from tau2_errors import BadInput
 from tau2_metrics import sub_issues
 
@@ -220,9 +220,7 @@ def draw_tasks(rows: list[dict], count: int, mix: dict[str, int] | None, seed: i
     for row in rows:
         groups.setdefault("all" if mix is None else _kind(_task_id(row), mix), []).append(row)
     if missing := [kind for kind in mix or {} if kind not in groups]:
-        ids = {_task_id(row) for row in rows}
-        known = sorted({name for task_id in ids for name in (issue_type(task_id), *sub_issues(task_id))})
-        raise BadInput(f"--mix: no task is of the kind {missing[0]!r}; they are: {', '.join(known)}")
+        raise BadInput(f"--mix: {_why_missing(missing[0], {_task_id(row) for row in rows}, mix)}")
     decks = {kind: _deal(groups[kind], rng) for kind in sorted(groups)}
     weights = {kind: (mix or {}).get(kind, 1) for kind in decks}
     turns = [kind for turn in range(max(weights.values())) for kind in decks if turn < weights[kind]]
@@ -237,6 +235,15 @@ def _kind(task_id: str, mix: dict[str, int]) -> str:
     """The first sub-issue of the mix that the task has, or else its issue type."""
     found = sub_issues(task_id)
     return next((name for name in mix if name in found), issue_type(task_id))
+
+
+def _why_missing(kind: str, ids: set[str], mix: dict[str, int]) -> str:
+    """Why no task counts for a kind of the mix."""
+    kinds = {task_id: {issue_type(task_id), *sub_issues(task_id)} for task_id in ids}
+    takers = sorted({_kind(task_id, mix) for task_id in ids if kind in kinds[task_id]})
+    if takers:
+        return f"every task of the kind {kind!r} counts for {' or '.join(takers)} already: leave {kind} out"
+    return f"no task is of the kind {kind!r}; they are: {', '.join(sorted(set().union(*kinds.values())))}"
 
 
 def _deal(rows: list[dict], rng: random.Random) -> Iterator[dict]:
@@ -256,7 +263,9 @@ def tasks_of(domain: str, split: str, min_distance: int) -> list[Any]:
         return load_tasks(domain, split)
     if domain != POOL_DOMAIN:
         raise BadInput(no_pool(domain))
-    return load_pool(min_distance)
+    if not (pool := load_pool(min_distance)):
+        raise BadInput(f"no task is {min_distance} faults away from every test task: lower --min-distance")
+    return pool
 
 
 def no_pool(domain: str) -> str:
@@ -278,8 +287,15 @@ def check_splits(domain: str, splits: list[str]) -> None:
 
 def mix_weights(text: str) -> dict[str, int]:
     """{"mms_issue": 3} of "mms_issue=3"."""
-    parts = [part.partition("=") for part in text.split(",")]
-    return {kind.strip(): positive(number) for kind, _, number in parts}
+    weights: dict[str, int] = {}
+    for part in text.split(","):
+        kind, equals, number = (word.strip() for word in part.partition("="))
+        if not (kind and equals and number):
+            raise argparse.ArgumentTypeError(f"{part[:40]!r}: give KIND=N,...")
+        if kind in weights:
+            raise argparse.ArgumentTypeError(f"{kind[:40]!r} is named twice")
+        weights[kind] = positive(number)
+    return weights
 
 
 def positive(text: str) -> int:
@@ -300,8 +316,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--min-distance",
         type=int,
-        default=MIN_DISTANCE,
-        help="pool: least distance from test tasks (default: %(default)s)",
+        help=f"pool: least distance from test tasks (default: {MIN_DISTANCE})",
     )
     parser.add_argument(
         "--mix",
@@ -311,29 +326,40 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "(a type that is not named: 1)",
     )
     parser.add_argument("--num-rows", type=positive, help="of such a file (default: as many as the split has tasks)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws in such a file (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of the draws in such a file (default: 0)")
     args = parser.parse_args(argv)
-    if args.mix is None and args.num_rows:
-        parser.error("--num-rows belongs to --mix")
-    if args.min_distance < 1:
+    if args.mix is None and (args.num_rows or args.seed is not None):
+        parser.error(f"--{'num-rows' if args.num_rows else 'seed'} belongs to --mix")
+    if args.min_distance is not None and args.min_distance < 1:
         parser.error("--min-distance must be at least 1")
+    if args.min_distance is not None and POOL not in args.splits:
+        parser.error("--min-distance belongs to --splits pool")
+    args.seed = args.seed or 0
+    args.min_distance = args.min_distance or MIN_DISTANCE
     return args
+
+
+def make_files(args: argparse.Namespace) -> dict[Path, list[dict]]:
+    """The rows of every file. Raises BadInput."""
+    check_folder(args.local_dir)
+    check_splits(args.domain, args.splits)
+    if args.mix is not None and not is_telecom(args.domain):
+        raise BadInput("--mix draws telecom's issue types only")
+    files = {}
+    for split in args.splits:
+        rows, name = make_rows(args.domain, split, tasks_of(args.domain, split, args.min_distance)), split
+        if args.mix is not None:
+            rows, name = mix_rows(rows, args), f"{split}_mix"
+        files[args.local_dir / f"{args.domain}_{name}_tasks.jsonl"] = rows
+    return files
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        check_folder(args.local_dir)
-        check_splits(args.domain, args.splits)
-        for split in args.splits:
-            tasks = tasks_of(args.domain, split, args.min_distance)
-            kind_of = {task.id: task_type(task, args.domain) for task in tasks}
-            rows, name = make_rows(args.domain, split, tasks), split
-            if args.mix is not None:
-                rows, name = mix_rows(rows, args), f"{split}_mix"
-            path = args.local_dir / f"{args.domain}_{name}_tasks.jsonl"
+        for path, rows in make_files(args).items():
             write_jsonl(path, rows)
-            kinds = Counter(kind_of[_task_id(row)] for row in rows)
+            kinds = Counter(task_type(tasks_by_id(args.domain)[_task_id(row)], args.domain) for row in rows)
             print(f"{path}: {len(rows)} tasks ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})")
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
