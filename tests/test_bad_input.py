@@ -910,6 +910,8 @@ WRONG_SCRIPTS = [
     ("run_grpo.sh", {"NUM_GPUS": "0"}, "NUM_GPUS=0: give a whole number above 0"),
     ("run_grpo.sh", {"ROLLOUT_BATCH": "-2"}, "ROLLOUT_BATCH=-2: give a whole number above 0"),
     ("run_grpo.sh", {"PYTHON": "python9"}, "set PYTHON to Python 3.11 or newer"),
+    ("run_sft.sh", {"PATH": "/usr/bin:/bin"}, "no ray on PATH: run it in slime's image, or HOST=local"),
+    ("run_grpo.sh", {"PATH": "/usr/bin:/bin"}, "no ray on PATH: run it in slime's image, or HOST=local"),
     ("run_eval.sh", {}, "set CHECKPOINT to the folder to evaluate"),
     ("run_eval.sh", {"CHECKPOINT": "x/iter_0000001"}, "set SLIME_DIR, or evaluate an HF folder"),
     ("run_local.sh", {"EVAL_TASKS": "all"}, "EVAL_TASKS=all: give a whole number above 0"),

@@ -9,6 +9,7 @@ import pytest
 from conftest import EXAMPLE, ROOT, TINY_ARGS, free_ports
 
 from slime_local.flags import parse_args
+from tau2_domains import load_split_ids
 
 
 def run(script, *args, timeout=240, **settings):
@@ -48,9 +49,33 @@ def test_the_grpo_command_starts_from_sft_and_evaluates_outside_test():
 @pytest.mark.parametrize("script", ["run_sft.sh", "run_grpo.sh"])
 def test_the_check_names_what_is_missing(script, tmp_path):
     (tmp_path / "telecom_pool_tasks.jsonl").touch()
-    (tmp_path / "teacher_traces.jsonl").touch()
+    (tmp_path / "teacher_traces.jsonl").write_text('{"prompt": []}\n')
     done = run(script, CHECK=1, HF_DIR=tmp_path / "nothing", DATA_DIR=tmp_path)
     assert done.returncode == 2 and str(tmp_path / "nothing") in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("source", ["teacher", "hub"])
+def test_traces_of_other_settings_are_not_trained_on(source, tmp_path, run_script):
+    """Made by the commands themselves, then met by run_sft.sh with another prompt, another domain, and their own."""
+    traces, flags = tmp_path / "teacher_traces.jsonl", ["--local_dir", tmp_path, "--prompt", "short"]
+    if source == "teacher":
+        succeed(run_script("examples/tau-bench/tau2_mock.py", "--local_dir", tmp_path, "--splits", "train"))
+        succeed(run_script("examples/tau-bench/teacher_traces.py", *flags, "--num-traces", 1))
+    else:
+        said = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Please restart your phone."}]
+        task_id = load_split_ids("telecom")["train"][0]
+        (tmp_path / "v4.jsonl").write_text(json.dumps({"task_id": f"[telecom]{task_id}", "prompt": said}) + "\n")
+        succeed(run_script("examples/tau-bench/teacher_traces.py", *flags, "--from-hub-file", tmp_path / "v4.jsonl"))
+    given = {"HOST": "local", "HF_DIR": tmp_path / "nothing", "DATA_DIR": tmp_path, "TRACES": f"{traces}@[0:1]"}
+    for settings, named in (
+        ({}, "of the prompt 'short', not 'official'"),
+        ({"PROMPT": "short", "DOMAIN": "retail"}, "of the domain 'telecom', not 'retail'"),
+    ):
+        done = run("run_sft.sh", **given, **settings)
+        assert done.returncode == 2 and named in done.stderr and f"remove {traces} or set TRACES" in done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = run("run_sft.sh", CHECK=1, PROMPT="short", **given)
+    assert done.returncode == 2 and "no model folder" in done.stderr, "the traces were no matter"
 
 
 def test_what_is_made_of_a_model_lies_beside_it():

@@ -277,7 +277,7 @@ def test_no_key_reaches_the_job_that_is_submitted_to_ray(run, tmp_path):
     paths |= {"RAY_ADDRESS": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1", "TAU2_DATA_DIR": "/x"}
     (tmp_path / "data").mkdir()
     for name in ("telecom_pool_tasks.jsonl", "teacher_traces.jsonl"):
-        (tmp_path / "data" / name).touch()
+        (tmp_path / "data" / name).write_text('{"prompt": []}\n')
     for script in ("run_sft.sh", "run_grpo.sh"):
         printed = run("bash", EXAMPLE / script, PRINT="1", **paths)
         assert "--hf-checkpoint" in printed

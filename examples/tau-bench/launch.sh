@@ -39,6 +39,11 @@ model_args() { # MODEL_ARGS of $MODEL
    source "$ROOT/scripts/models/$MODEL.sh"
 }
 
+need_ray() { # fails where `launch` would, before anything is written
+   [ "$HOST" = local ] || [ "${PRINT:-0}" = 1 ] || [ "${CHECK:-0}" = 1 ] || command -v ray >/dev/null ||
+      fail "HOST=slime: no ray on PATH: run it in slime's image, or HOST=local"
+}
+
 launch() { # launch ARG...: train.py with these arguments
    if [ "${PRINT:-0}" = 1 ]; then
       printf '%s\n' "python3 train.py" "$@"
@@ -47,7 +52,6 @@ launch() { # launch ARG...: train.py with these arguments
    elif [ "$HOST" = local ]; then
       "$PYTHON" "$ROOT/train.py" --host local "$@"
    else
-      command -v ray >/dev/null || fail "HOST=slime: no ray on PATH: run it in slime's image, or HOST=local"
       start_ray
       ray job submit --address "$RAY_ADDRESS" --runtime-env-json "$(runtime_env)" -- python3 "$ROOT/train.py" "$@"
    fi

@@ -19,6 +19,7 @@ TRACES=${TRACES:-$DATA_DIR/${DOMAIN}_teacher_traces.jsonl}
 
 model_args
 whole_number NUM_ROLLOUT "${NUM_ROLLOUT:-1}" SAVE_INTERVAL "${SAVE_INTERVAL:-1}"
+need_ray
 
 # --save needs --save-interval: Megatron's parser ends without it. --load is this run's own folder, so that the same
 # command continues an interrupted run; while it is empty, the weights come from --ref-load.
@@ -82,10 +83,15 @@ MISC_ARGS=(
    # --use-tensorboard --tb-project-name tau2-warmup
 )
 
-if [ ! -e "$TRACES" ] && [ "${PRINT:-0}" != 1 ]; then
+TRACES_ARGS=(--local_dir "$DATA_DIR" --domain "$DOMAIN" --prompt "$PROMPT" --output "${TRACES%@\[*}") # slime takes FILE@[M:N]
+if [ "${PRINT:-0}" = 1 ]; then
+   : # nothing is written, nor looked at
+elif [ -e "${TRACES%@\[*}" ]; then # made by an earlier command, maybe with other settings
+   [[ $TRACES != *.jsonl* ]] || "$PYTHON" "$EXAMPLE/teacher_traces.py" "${TRACES_ARGS[@]}" --check
+else
    [ "$DOMAIN" = telecom ] ||
       fail "DOMAIN=$DOMAIN has no scripted teacher: write $TRACES first, with teacher_traces.py --domain $DOMAIN --from-hub or --teacher-llm"
    write_tasks
-   "$PYTHON" "$EXAMPLE/teacher_traces.py" --local_dir "$DATA_DIR" --prompt "$PROMPT"
+   "$PYTHON" "$EXAMPLE/teacher_traces.py" "${TRACES_ARGS[@]}"
 fi
 launch "${MODEL_ARGS[@]}" "${CKPT_ARGS[@]}" "${SFT_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${PERF_ARGS[@]}" "${MISC_ARGS[@]}"

@@ -650,6 +650,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--per-task", type=positive, default=2, help="rollouts: at most so many episodes of a task (default: 2)")
     add("--tokenizer", type=Path, help="rollouts: HF folder of the model; turns with other ids are not trained")
+    add("--check", action="store_true", help="run nothing: refuse an --output of another --domain or --prompt")
     add("--keep-thinking", action="store_true", help="hub rows: keep the thoughts, as reasoning_content")
     args = parser.parse_args(argv)
     args.given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
@@ -671,6 +672,19 @@ def report(path: Path, rows: list[dict], dropped: Counter) -> None:
 
 def _counts(counter: Counter) -> str:
     return ", ".join(f"{count} {what}" for what, count in sorted(counter.items()))
+
+
+def check_rows(path: Path, domain: str, prompt: str) -> None:
+    """Raises BadInput when the rows of a file, judged by the first, are of another domain or prompt. What a row does
+    not note is somebody else's business."""
+    noted = read_jsonl(path)[0].get("metadata")
+    for name, wanted in (("domain", domain), ("prompt", prompt)):
+        found = noted.get(name, wanted) if isinstance(noted, dict) else wanted
+        if found != wanted:
+            raise BadInput(
+                f"{path} holds rows of the {name} {found!r}, not {wanted!r}: remove {path} or set TRACES, "
+                f"or {name.upper()}={found}"
+            )
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -709,6 +723,9 @@ def make_traces(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
+        if args.check:
+            check_rows(args.output, args.domain, args.prompt)
+            return 0
         check_file(args.output)
         rows, dropped, journal = make_traces(args)
         if not rows:
