@@ -1,8 +1,11 @@
 """Stage 2 data: rows from teacher episodes, and the conversion of the original example's data set."""
 
 import asyncio
+import http.server
 import itertools
 import json
+import os
+import threading
 from collections import Counter
 
 import pytest
@@ -284,6 +287,28 @@ def test_hub_file_by_command(run_script, data, tmp_path):
     assert first["prompt"][-1] == {"role": "assistant", "content": "Please run a speed test."}
     assert second["prompt"][-1] == {"role": "assistant", "content": "Please restart your phone."}
     assert "thinking" not in json.dumps(first["prompt"])
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(run_script, tmp_path):
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(503)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        here = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        result = run_script(SCRIPT, "--local_dir", tmp_path / "data", "--from-hub", env={**os.environ, **here})
+        hub.shutdown()
+    assert result.returncode == 2 and result.stderr.startswith("error: cannot get blended_traces_v4.jsonl of ")
+    assert result.stderr.count("\n") == 1 and len(asked) == 1
+    assert not (tmp_path / "data").exists()
 
 
 def test_thinking_is_kept_on_request():

@@ -474,16 +474,23 @@ def _arguments(value: Any) -> dict:
 
 
 def download_hub_file() -> Path:
-    """The data set's file, from the local hub cache or the hub. Raises BadInput where neither has it."""
+    """The data set's file, from the hub or the local hub cache. Raises BadInput where neither has it."""
     try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(HUB_REPO, HUB_FILE, repo_type="dataset", etag_timeout=5))
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+        from huggingface_hub.utils import logging
     except ImportError as error:
         raise BadInput("--from-hub needs huggingface_hub: pip install huggingface_hub") from error
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said here, in one line
+    problem = None
+    try:  # asks once; the download asks six times, for 25 s, where there is no network
+        get_hf_file_metadata(hf_hub_url(HUB_REPO, HUB_FILE, repo_type="dataset"), timeout=5)
     except Exception as error:  # the hub's own errors, and those of the HTTP client beneath it
+        problem = error
+    try:
+        return Path(hf_hub_download(HUB_REPO, HUB_FILE, repo_type="dataset", local_files_only=problem is not None))
+    except Exception as error:
         raise BadInput(
-            f"cannot get {HUB_FILE} of the data set {HUB_REPO} from the hub ({type(error).__name__}); "
+            f"cannot get {HUB_FILE} of the data set {HUB_REPO} from the hub ({type(problem or error).__name__}); "
             "download it elsewhere and pass it with --from-hub-file"
         ) from error
 
