@@ -230,6 +230,8 @@ class TokenAgent:
 
     async def _sample(self, before: list[int], room: int) -> TurnTokens:
         params = {**self.sampling_params, "max_new_tokens": room}
+        if params.get("min_new_tokens"):
+            params["min_new_tokens"] = min(params["min_new_tokens"], room)  # more than the most is an error to SGLang
         if params.get("sampling_seed") is not None:
             params["sampling_seed"] += len(self.turns)  # one seed would repeat its random numbers in every turn
         payload = {
@@ -317,6 +319,7 @@ async def _generate(args: Any, sample: Any, sampling_params: dict, evaluation: b
     for _ in range(1 + settings.retries):
         agent = _make_agent(args, settings, sample, sampling_params, evaluation)
         episode = await run_episode(task, agent, config, episode_seed(args, sample), lambda: _slime_is_aborting(args))
+        _judge_silent(agent, episode)
         if not episode.end_reason.is_infrastructure or episode.end_reason is EndReason.GENERATION_ABORTED:
             break
         logger.warning("sample %s: %s: %s", sample.index, episode.end_reason.value, episode.detail)
@@ -332,6 +335,13 @@ def check_args(args: Any) -> None:
     if settings.data:
         _tasks_by_index(settings.data)
     check_customer(config)
+
+
+def _judge_silent(agent: TokenAgent, episode: Episode) -> None:
+    """A customer that ends the dialogue before the agent's first turn has failed: nothing was asked of the agent."""
+    if not agent.turns and not (episode.end_reason.is_infrastructure or episode.end_reason.is_truncated):
+        episode.end_reason = EndReason.USER_FAILED
+        episode.detail = "the customer ended the dialogue before the agent's first turn"
 
 
 def _first_metadata(args: Any) -> dict:
@@ -462,7 +472,7 @@ def _finish(args: Any, sample: Any, agent: TokenAgent, episode: Episode, redrawn
     if episode.end_reason.is_infrastructure:
         return _remove(args, sample, record)
     if not agent.turns:
-        problem = agent.no_room() or "the customer ended it before the agent's first turn"
+        problem = agent.no_room() or f"{episode.end_reason.value} before the agent's first turn: raise tau2_max_steps"
         logger.error("sample %s: %s", sample.index, problem)
         return _remove(args, sample, {**record, "bad_input": problem})
     _clear(sample)
