@@ -8,13 +8,17 @@ import pytest
 from fake_generate import FakeModel, serving
 
 import generate_with_tau
-from generate_with_tau import TokenAgent, TokenLimits, check_args, close_session, generate
+from generate_with_tau import TokenAgent, TokenLimits, check_args, close_session, generate, redraws_ids
 from openai_tool_adapter import ChatTemplate, load_chat_template
+from slime_local.flags import EvalDataset
+from slime_local.rollout import _eval_samples
 from slime_local.sample import Sample
 from tau2_domains import issue_type, load_tasks
 from tau2_episode import EpisodeConfig, run_episode
 from tau2_errors import BadInput
+from tau2_mock import make_rows, write_jsonl
 from tau2_settings import Settings, read_settings
+from tau2_users import ScriptedCustomer
 
 TASKS = {issue_type(task.id): task for task in load_tasks("telecom", "test")}
 PARAMS = {"temperature": 0.7, "max_new_tokens": 4096, "stop_token_ids": None, "no_stop_trim": True}
@@ -160,6 +164,15 @@ async def test_the_response_budget_is_checked_before_a_call_and_never_exceeded(a
         assert request["sampling_params"]["max_new_tokens"] <= 150 - used
 
 
+async def test_no_more_tokens_are_demanded_than_there_is_room_for(args, model):
+    """SGLang answers 400 where min_new_tokens is above max_new_tokens."""
+    args.tau2_max_turn_tokens = 96
+    for given, asked in ((5, 5), (100, 96)):
+        model.requests.clear()
+        await generate(args, make_sample(), {**PARAMS, "min_new_tokens": given})
+        assert {request["sampling_params"]["min_new_tokens"] for request in model.requests} == {asked}
+
+
 async def test_the_context_budget(args, model):
     await generate(args, make_sample(), PARAMS)
     prompt = len(model.requests[0]["input_ids"])
@@ -262,6 +275,7 @@ async def test_no_server_at_all(args, unused_tcp_port):
         ({"tau2_prompt": "shrt"}, "shrt"),
         ({"partial_rollout": True}, "partial-rollout"),
         ({"tau2_max_steps": 0}, "max_steps"),
+        ({"tau2_max_steps": 1}, "raise tau2_max_steps"),
     ],
 )
 async def test_a_mistake_in_the_settings_is_named_and_nothing_is_raised(args, change, named):
@@ -327,6 +341,15 @@ def test_settings_are_taken_as_yaml_gives_them():
     assert read_settings(type("Args", (), {})()) == Settings()
 
 
+async def test_a_customer_that_hangs_up_at_once_has_failed_and_the_input_has_not(args, model, monkeypatch):
+    monkeypatch.setattr(ScriptedCustomer, "reply", lambda self, message: self._text("###STOP###"))
+    sample = await generate(args, make_sample(), PARAMS)
+    assert_removed(sample)
+    record = sample.metadata["tau2"]
+    assert record["end_reason"] == "user_failed" and "bad_input" not in record and not model.requests
+    assert "before the agent's first turn" in record["detail"]
+
+
 async def test_slimes_contract_with_bare_args():
     sample = await generate(type("Args", (), {})(), Sample(index=0, prompt="prompt"), {"temperature": 0.3})
     assert_removed(sample)
@@ -354,6 +377,47 @@ async def test_evaluation_mode_has_no_group_and_no_session_and_shares_its_parame
     assert [sample.reward for sample in done] == [1.0, 1.0, 1.0]
     assert len({header["X-SMG-Routing-Key"] for header in model.headers}) == 3
     assert shared == {**PARAMS, "temperature": 0.0}
+
+
+def evaluation_samples(args, tasks, *counts):
+    """slime_local's samples of an evaluation; a data set for each number of samples of a prompt."""
+    args.rollout_seed, args.eval_max_prompt_len = 42, None
+    args.eval_datasets = [
+        EvalDataset(f"set {n}", str(tasks), input_key="index", metadata_key="metadata", n_samples_per_eval_prompt=n)
+        for n in counts
+    ]
+    return [_eval_samples(args, dataset) for dataset in args.eval_datasets]
+
+
+async def test_who_the_customers_of_an_evaluation_are_does_not_depend_on_the_number_of_samples(args, tmp_path):
+    write_jsonl(tmp_path / "tasks.jsonl", make_rows("telecom", "test", TASKS.values()))
+    vars(args).update(tau2_user_args={"mood": "mixed"}, tau2_redraw_ids=0.5)
+    met = {}
+    for count in (1, 2):
+        (samples,) = evaluation_samples(args, tmp_path / "tasks.jsonl", count)
+        done = await asyncio.gather(*(generate(args, sample, PARAMS, evaluation=True) for sample in samples))
+        records = [sample.metadata["tau2"] for sample in done]
+        met[count] = [(r["task_id"], r["seed"], r["user"], r["redraw_ids"]) for r in records]
+    assert met[2][::2] == met[1] and {seed for _, seed, _, _ in met[1]} == {42}
+    assert {seed for _, seed, _, _ in met[2][1::2]} == {43}, "the second trial, as in evaluate_tau2.py"
+
+
+def test_data_sets_with_different_numbers_of_samples_are_refused(args, tmp_path):
+    write_jsonl(tmp_path / "tasks.jsonl", make_rows("telecom", "test", TASKS.values()))
+    args.custom_generate_function_path = "generate_with_tau.generate"
+    evaluation_samples(args, tmp_path / "tasks.jsonl", 1, 4)
+    with pytest.raises(BadInput, match=r"1 and 4 samples of a prompt.*give them one n_samples_per_eval_prompt"):
+        check_args(args)
+    args.eval_datasets[0].custom_generate_function_path = "other.generate"
+    check_args(args)
+
+
+def test_a_share_of_an_evaluation_is_drawn_task_by_task(args):
+    samples = [Sample(index=i) for i in range(40)]
+    tasks = load_tasks("telecom", "test")
+    settings = Settings(redraw_ids=0.5)
+    drawn = [redraws_ids(args, settings, one, task) for one, task in zip(samples, tasks, strict=True)]
+    assert 10 < sum(drawn) < 30
 
 
 async def test_the_session_id_is_the_routing_key(args, model):

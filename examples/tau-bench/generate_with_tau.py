@@ -314,7 +314,7 @@ async def _generate(args: Any, sample: Any, sampling_params: dict, evaluation: b
     settings = read_settings(args)
     config, task = episode_config(settings, sample.metadata or {}), find_task(settings, sample)
     await customer_checked(config)
-    config = replace(config, redraw_ids=redraws_ids(args, settings, sample))
+    config = replace(config, redraw_ids=redraws_ids(args, settings, sample, task))
     began = time.perf_counter()
     for _ in range(1 + settings.retries):
         agent = _make_agent(args, settings, sample, sampling_params, evaluation)
@@ -334,7 +334,17 @@ def check_args(args: Any) -> None:
     config.validate()
     if settings.data:
         _tasks_by_index(settings.data)
+    for path in _eval_paths(args):
+        eval_trials(args, path)
     check_customer(config)
+
+
+def _eval_paths(args: Any) -> list[str | None]:
+    """The own generate functions of the evaluation data sets whose samples come here; None: that of the run."""
+    of_run = getattr(args, "custom_generate_function_path", None)
+    datasets = getattr(args, "eval_datasets", None) or []
+    paths = [getattr(dataset, "custom_generate_function_path", None) for dataset in datasets]
+    return [path for path in paths if str(path or of_run).endswith("generate_with_tau.generate")]
 
 
 def _judge_silent(agent: TokenAgent, episode: Episode) -> None:
@@ -369,14 +379,41 @@ def episode_config(settings: Settings, metadata: dict) -> EpisodeConfig:
 
 
 def episode_seed(args: Any, sample: Any) -> int:
-    """The samples of one prompt get one seed, so a group meets the same customer with the same (re-drawn) ids."""
-    position = sample.group_index if sample.group_index is not None else sample.index
-    return int(getattr(args, "rollout_seed", 0) or 0) + int(position or 0)
+    """The samples of one prompt get one seed, so a group meets the same customer with the same (re-drawn) ids.
+
+    In an evaluation there are no groups: there a trial has one seed, as in evaluate_tau2.py, so that who a prompt's
+    customers are does not depend on how many trials it has."""
+    number = sample.group_index
+    if number is None:
+        number = (sample.index or 0) % eval_trials(args, getattr(sample, "generate_function_path", None))
+    return int(getattr(args, "rollout_seed", 0) or 0) + int(number)
 
 
-def redraws_ids(args: Any, settings: Settings, sample: Any) -> bool:
-    """Whether this sample's group gets new ids: drawn by the seed that the group shares."""
-    return random.Random(f"redraw_ids:{episode_seed(args, sample)}").random() < settings.redraw_ids
+def eval_trials(args: Any, generate_path: str | None) -> int:
+    """How many samples an evaluation has of a prompt. Raises BadInput where that cannot be told.
+
+    generate_path: the data set's own generate function, all that a sample says about its data set."""
+    datasets = [
+        dataset
+        for dataset in getattr(args, "eval_datasets", None) or []
+        if getattr(dataset, "custom_generate_function_path", None) == generate_path
+    ]
+    counts = sorted({dataset.n_samples_per_eval_prompt for dataset in datasets})
+    if len(counts) > 1:
+        raise BadInput(
+            f"evaluation data sets with {' and '.join(map(str, counts))} samples of a prompt: a sample does not say "
+            "which it is of, and who its customer is depends on that; give them one n_samples_per_eval_prompt"
+        )
+    return counts[0] if counts else getattr(args, "n_samples_per_eval_prompt", None) or 1
+
+
+def redraws_ids(args: Any, settings: Settings, sample: Any, task: Any) -> bool:
+    """Whether this sample's group gets new ids: drawn by the seed that the group shares. In an evaluation all tasks
+    share one, so the task decides there too."""
+    drawn_by = f"redraw_ids:{episode_seed(args, sample)}"
+    if sample.group_index is None:
+        drawn_by += f":{task.get('id') if isinstance(task, dict) else task.id}"
+    return random.Random(drawn_by).random() < settings.redraw_ids
 
 
 def find_task(settings: Settings, sample: Any) -> Any:
