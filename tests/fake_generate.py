@@ -31,6 +31,7 @@ class FakeModel:
         self.sessions: dict[str, tuple] = {}
         self.broken_prefixes: list[str] = []
         self.delay = 0.0
+        self.max_context = 8192
 
     async def generate(self, request: web.Request) -> web.Response:
         payload = await request.json()
@@ -81,7 +82,9 @@ class FakeModel:
         }
 
     async def model_info(self, request: web.Request) -> web.Response:
-        return web.json_response({"model_path": self.model_path, "weight_version": "7", "max_context": 8192})
+        return web.json_response(
+            {"model_path": self.model_path, "weight_version": "7", "max_context": self.max_context}
+        )
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response()

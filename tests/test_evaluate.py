@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import free_ports
 from fake_generate import FakeModel, serving
 from safetensors.torch import load_file, save_file
 
@@ -231,6 +232,39 @@ def test_rows_from_before_the_tokenizer_was_noted_are_refused_and_compared(evalu
     old_result.write_text(json.dumps(result))
     assert main(["compare", str(old_result), str(evaluate.output)]) == 0
     assert main(["rescore", str(old_result)]) == 0
+
+
+def test_rows_of_another_servers_context_are_refused_and_results_of_it_not_compared(evaluate, model, capsys):
+    model.max_context = 8000
+    code, short = evaluate("--num-tasks", "2")
+    assert code == 0 and short["settings"]["context_limit"] == 8000 and short["settings"]["max_context_len"] is None
+    (evaluate.output.with_name("short.json")).write_text(json.dumps(short))
+    model.max_context = 8192
+    before = evaluate.rows.read_bytes()
+    assert evaluate("--num-tasks", "4")[0] == 2
+    assert "context_limit 8000, now 'of the model'" in capsys.readouterr().err
+    assert evaluate.rows.read_bytes() == before
+    assert evaluate("--num-tasks", "2")[0] == 0, "nothing is owed"
+    other = evaluate.output.with_name("other.json")
+    code, _ = evaluate("--num-tasks", "2", "--output-path", str(other))
+    assert code == 0
+    both = ["compare", str(evaluate.output.with_name("short.json")), str(other)]
+    assert main(both) == 2 and "context_limit 8000 and 'of the model'" in capsys.readouterr().err
+    del short["settings"]["context_limit"]  # as results were before it was noted
+    (evaluate.output.with_name("short.json")).write_text(json.dumps(short))
+    assert main(both) == 0 and main(["compare", both[1], both[1]]) == 0
+
+
+def test_a_flag_that_is_the_limit_is_noted_whatever_the_model_has(evaluate):
+    assert evaluate("--num-tasks", "1", "--max-context-len", "8192")[1]["settings"]["context_limit"] == 8192
+
+
+def test_an_evaluation_that_is_refused_leaves_no_rows_behind(evaluate, model, tiny_model_dir, tmp_path, capsys):
+    model.model_path = "/models/other"
+    assert evaluate("--num-tasks", "1")[0] == 2 and not list(tmp_path.iterdir())
+    flags = ["--checkpoint", str(tiny_model_dir), "--server-address", f"127.0.0.1:{free_ports(1)[0]}"]
+    assert main([*flags, "--output-path", str(evaluate.output)]) == 2 and not list(tmp_path.iterdir())
+    assert "no server answers there" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

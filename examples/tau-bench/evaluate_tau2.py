@@ -32,7 +32,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"continuing: {len(wanted) - len(owed)} of {len(wanted)} episodes are there", flush=True)
             check_customer(config)
             agents = agents or stack.enter_context(running_agents(args, tasks_here))
+            rows.settle(agents.settings)
             if failures := run_owed(args, config, owed, agents, rows):
                 return report_incomplete(args, failures)
         results = [rows.done[task.id, trial] for task, trial in wanted]
@@ -343,12 +344,14 @@ class Failure:
 
 @dataclass
 class Agents:
-    """`make(task_id, trial)` gives the agent of an episode. `changed` says what is wrong when others answer by now."""
+    """`make(task_id, trial)` gives the agent of an episode. `changed` says what is wrong when others answer by now.
+    `settings`: those of the rows that only the server's answer decides."""
 
     make: Callable[[str, int], Any]
     alive: Callable[[], bool] = lambda: True
     last_words: Callable[[], str] = lambda: ""
     changed: Callable[[], str | None] = lambda: None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -363,7 +366,8 @@ def running_agents(args: argparse.Namespace, tasks_here: Callable[[], list]) -> 
     if args.agent == CHECKPOINT:
         with running_server(args, load) as server:
             changed = functools.partial(weights_changed, server, args.checkpoint, fingerprint(Path(args.checkpoint)))
-            yield Agents(token_agents(args, load(), server), server.alive, server.last_words, changed)
+            limit = {"context_limit": context_limit(args, server)[1]}
+            yield Agents(token_agents(args, load(), server), server.alive, server.last_words, changed, limit)
     elif args.agent == chat_agent.CHAT:
         make, preflight = chat_agent.make_chat_agents(args)
         preflight()
@@ -390,8 +394,7 @@ def run_owed(
 
 def token_agents(args: argparse.Namespace, template: ChatTemplate, server: Server) -> Callable[[str, int], TokenAgent]:
     """Makes the agent of one episode. Sampling is seeded by task and trial; greedy decoding needs no seed."""
-    contexts = [args.max_context_len, server.model_info.get("max_context"), model_context(args.checkpoint)]
-    limits = TokenLimits(turn=args.max_turn_tokens, context=min(filter(None, contexts), default=None))
+    limits = TokenLimits(turn=args.max_turn_tokens, context=context_limit(args, server)[0])
     params = {"temperature": args.temperature, "skip_special_tokens": False, "no_stop_trim": True}
 
     def make(task_id: str, trial: int) -> TokenAgent:
@@ -400,6 +403,14 @@ def token_agents(args: argparse.Namespace, template: ChatTemplate, server: Serve
         return TokenAgent(template, f"{server.url}/generate", {**params, **seed}, limits, weight_version=version)
 
     return make
+
+
+def context_limit(args: argparse.Namespace, server: Server) -> tuple[int | None, int | str]:
+    """The least of the three limits of a context, and how the rows note it: where it is the model's own, which belongs
+    to the model and not to how it is measured, in words."""
+    model, flag, served = model_context(args.checkpoint), args.max_context_len, server.model_info.get("max_context")
+    least = min(filter(None, (model, flag, served)), default=None)
+    return least, least if least is not None and (flag == least or model != least) else "of the model"
 
 
 async def run_all(

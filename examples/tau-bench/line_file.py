@@ -22,6 +22,8 @@ class LineFile:
         self.file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._is_at_its_path():
+                raise BlockingIOError  # another process held it, and has removed it
         except BaseException:
             self.file.close()
             raise
@@ -37,6 +39,21 @@ class LineFile:
 
     def clear(self) -> None:
         self.file.truncate(0)
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
+
+    def remove(self) -> None:
+        """To be called before `close`: the lock is still held."""
+        if self._is_at_its_path():
+            self.path.unlink()
+
+    def _is_at_its_path(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def write(self, value: dict[str, Any]) -> None:
         """The whole line, or none of it: a full disk must not leave a part that the next line would be added to."""

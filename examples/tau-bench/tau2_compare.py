@@ -23,6 +23,7 @@ from tau2_results import read_result, write_json
 # Settings that belong to the benchmark and not to the model.
 SHARED = ("domain", "prompt", "user", "user_args", "max_steps", "max_errors", "max_turn_tokens", "max_context_len")
 SHARED += ("redraw_ids", "tau2", "format")
+NOTED = "context_limit"  # as SHARED, in results that note it: older ones, and agents without a context, do not
 QUANTITIES = {"pass_at_1": "solved", "avg_reward": "reward", "avg_partial_score": "partial_score"}
 NAMES = {"pass_at_1": "pass@1", "avg_reward": "average reward", "avg_partial_score": "partial score"}
 SHOWN_FLIPS = 20
@@ -76,6 +77,8 @@ def compare(results: Sequence[dict], names: Sequence[str], anyway: bool = False)
 def _pair(a: dict, b: dict, name_a: str, name_b: str, anyway: bool) -> dict[str, Any]:
     shared = SHARED + ("seed",) * any(seed_draws_customer(result["settings"]) for result in (a, b))
     differing = {key: [a["settings"].get(key), b["settings"].get(key)] for key in shared}
+    if all(NOTED in result["settings"] for result in (a, b)):
+        differing[NOTED] = [result["settings"][NOTED] for result in (a, b)]
     differing["customer"] = [a["customer"], b["customer"]]  # its version, beside the settings
     differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
     if {"user", "user_args"} & differing.keys():

@@ -34,6 +34,7 @@ ROW_KINDS = {
     "partial_score": int | float,
     **dict.fromkeys(("checks", "tokens", "user", "simulation"), dict),
 }
+LATE = ("context_limit",)  # settings that are known once the server answers
 OURS = ("results", "simulations", "num_trials", "prompt", "customer", "agent")  # that a result must have
 
 
@@ -48,8 +49,9 @@ def rows_path(output_path: str) -> Path:
 class RowsFile:
     """OUTPUT.rows.jsonl: a line of settings, then a line per finished episode; `done`: (task_id, trial) -> row.
 
-    Entering reads what is there and takes a lock; a torn last line counts as not written. Raises BadInput for rows of
-    other settings, for a line that is not JSON, and when another process holds the file.
+    Entering reads what is there and takes a lock; a torn last line counts as not written. Leaving removes a file
+    without an episode. Raises BadInput for rows of other settings, for a line that is not JSON, and when another
+    process holds the file.
     """
 
     def __init__(self, output_path: str, chosen: dict):
@@ -57,6 +59,7 @@ class RowsFile:
         self.output, self.settings = Path(output_path), json.loads(json.dumps(chosen))
         self.done: dict[tuple[str, int], dict] = {}
         self.runs, self.began = 0, time.monotonic()
+        self.bare = 0  # bytes of the file that hold no episode
 
     def __enter__(self) -> RowsFile:
         if self.output.exists() and not self.path.exists():
@@ -75,15 +78,25 @@ class RowsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.lines.size <= self.bare:
+            self.lines.remove()  # nothing of an evaluation that was refused, or broke before its first episode
         self.lines.close()
+
+    def settle(self, late: dict[str, Any]) -> None:
+        """The settings of LATE, before the first row, or compared with those of the rows. Raises BadInput."""
+        late = {name: late[name] for name in LATE if name in late}
+        if self.done:
+            self._refuse_other({name: self.settings[name] for name in LATE if name in self.settings}, late)
+        elif late:
+            self.settings |= late
+            self._begin()
 
     def _read(self) -> None:
         lines = self.lines.read()
         if len(lines) < 2:  # no episode yet that other settings could be mixed with
             if lines:
                 self._parse(1, lines[0])
-            self.lines.clear()
-            self.lines.write({"settings": self.settings})
+            self._begin()
             return
         for number, line in enumerate(lines, start=1):
             row = self._parse(number, line)
@@ -104,10 +117,20 @@ class RowsFile:
             raise BadInput(f"{self.path}, line {number}: not written by this program; choose another --output-path")
         return row
 
+    def _begin(self) -> None:
+        """A file of settings, without an episode."""
+        self.lines.clear()
+        self.lines.write({"settings": self.settings})
+        self.bare = self.lines.size
+
     def _check(self, there: dict) -> None:
-        other = [key for key in self.settings | there if self.settings.get(key) != there.get(key)]
+        self._refuse_other({key: value for key, value in there.items() if key not in LATE}, self.settings)
+        self.settings |= {key: there[key] for key in LATE if key in there}
+
+    def _refuse_other(self, there: dict, now: dict) -> None:
+        other = [key for key in now | there if now.get(key) != there.get(key)]
         if other:
-            differences = ", ".join(f"{key} {_told(there, key)}, now {_told(self.settings, key)}" for key in other)
+            differences = ", ".join(f"{key} {_told(there, key)}, now {_told(now, key)}" for key in other)
             raise BadInput(f"{self.path} was made with other settings ({differences}): choose another --output-path")
 
     def stamp(self) -> dict[str, Any]:

@@ -258,7 +258,7 @@ class Journal:
         if self.lines is None:
             return 0
         if not self.broken:
-            self.path.unlink(missing_ok=True)
+            self.lines.remove()
         self.lines.close()
         return self.broken
 
