@@ -44,6 +44,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,8 @@ class Journal:
     at once, and the same command goes on where an interrupted one stopped. Removed when all rows are written; episodes
     that the machinery broke (`broken`) are not in it, so that the same command runs them again.
 
-    `path` None (nobody is a model) keeps nothing. Raises BadInput when the file belongs to other settings or to a
-    run that is under way; a torn last line counts as not written.
+    `path` None (nobody is a model) keeps nothing. Entering raises BadInput when the file belongs to other settings or
+    to a run that is under way; a torn last line counts as not written. Leaving gives the lock back.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
@@ -216,8 +217,19 @@ class Journal:
         self.done: dict[int, Outcome] = {}
         self.broken = 0
         self.lines: LineFile | None = None
-        if path is not None:
-            self._open()
+
+    def __enter__(self) -> Journal:
+        try:
+            if self.path is not None:
+                self._open()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.lines is not None:
+            self.lines.close()
 
     def _open(self) -> None:
         try:
@@ -253,13 +265,12 @@ class Journal:
                 raise BadInput(f"cannot write {self.path}: {error.strerror}; the same command continues") from error
         self.done[number] = outcome
 
-    def close(self) -> int:
+    def finish(self) -> int:
         """Removes the file, unless episodes are still to be run; gives how many."""
         if self.lines is None:
             return 0
         if not self.broken:
             self.lines.remove()
-        self.lines.close()
         return self.broken
 
 
@@ -312,8 +323,9 @@ def refuse_test_tasks(domain: str, rows: list[dict]) -> None:
             raise BadInput(f"{len(found)} of the tasks are {what}, e.g. {found[0]}: train on the splits train or pool")
 
 
-def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal]:
-    """SFT rows of solved episodes, how many were dropped for which reason, and the journal to remove at the end."""
+def traces_from_episodes(args: argparse.Namespace, held: ExitStack) -> tuple[list[dict], Counter, Journal]:
+    """SFT rows of solved episodes, how many were dropped for which reason, and the journal to remove at the end, which
+    `held` closes."""
     check_teacher(args)
     config = EpisodeConfig(args.domain, args.prompt, args.user, args.user_args, redraw_ids=args.redraw_ids > 0)
     config.validate()
@@ -328,7 +340,8 @@ def traces_from_episodes(args: argparse.Namespace) -> tuple[list[dict], Counter,
     chosen = {name: getattr(args, name) for name in names.split()}
     costs = has_model(config.user) or args.agent_llm
     path = args.output.with_name(f"{args.output.name}.partial") if costs else None
-    journal = Journal(path, {**chosen, **teacher_settings(args), "tasks": [draw["task"]["id"] for draw in draws]})
+    settings = {**chosen, **teacher_settings(args), "tasks": [draw["task"]["id"] for draw in draws]}
+    journal = held.enter_context(Journal(path, settings))
     outcomes = asyncio.run(run_teacher(args, config, draws, journal))
     dropped = Counter(outcome["dropped"] for outcome in outcomes if outcome["row"] is None)
     return [outcome["row"] for outcome in outcomes if outcome["row"] is not None], dropped, journal
@@ -717,14 +730,28 @@ def check_flags(args: argparse.Namespace) -> None:
         raise BadInput("--style, --slip and --wordings belong to the scripted teacher, not to --teacher-llm")
 
 
-def make_traces(args: argparse.Namespace) -> tuple[list[dict], Counter, Journal | None]:
+def make_traces(args: argparse.Namespace, held: ExitStack) -> tuple[list[dict], Counter, Journal | None]:
     """Rows, drop reasons, and the journal to remove at the end, from where the flags say."""
     check_flags(args)
     if args.from_rollouts:
         return *traces_from_rollouts(args), None
     if args.from_hub or args.from_hub_file:
         return *traces_from_hub(args), None
-    return traces_from_episodes(args)
+    return traces_from_episodes(args, held)
+
+
+def write_traces(args: argparse.Namespace) -> int:
+    """The exit code. Raises BadInput."""
+    with ExitStack() as held:
+        rows, dropped, journal = make_traces(args, held)
+        if not rows:
+            raise BadInput(f"no row is left to write (dropped: {_counts(dropped)})")
+        write_jsonl(args.output, rows)
+        report(args.output, rows, dropped)
+        if journal is not None and (broken := journal.finish()):
+            print(f"incomplete: {broken} episodes broke off; the same command runs them again", file=sys.stderr)
+            return 1
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -734,18 +761,10 @@ def main(argv: list[str] | None = None) -> int:
             check_rows(args.output, args.domain, args.prompt)
             return 0
         check_file(args.output)
-        rows, dropped, journal = make_traces(args)
-        if not rows:
-            raise BadInput(f"no row is left to write (dropped: {_counts(dropped)})")
-        write_jsonl(args.output, rows)
-        report(args.output, rows, dropped)
-        if journal is not None and (broken := journal.close()):
-            print(f"incomplete: {broken} episodes broke off; the same command runs them again", file=sys.stderr)
-            return 1
+        return write_traces(args)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":
