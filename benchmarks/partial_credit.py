@@ -32,6 +32,8 @@ class Stored(SimpleNamespace):
 
 def read_groups(run: Path) -> list[list[Stored]]:
     """Groups of one RUN. Raises BadInput."""
+    if not run.exists():
+        raise BadInput(f"{run} does not exist: give a folder of rollouts, or a result of evaluate_tau2.py")
     if run.suffix == ".json":
         return by_group(_of_evaluation(row) for row in read_result(run)["results"])
     files = rollout_files(run) if run.is_dir() else [run]

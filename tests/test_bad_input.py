@@ -29,8 +29,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from training_setup import VOCAB, save_tiny_model
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import partial_credit
+
 import evaluate_tau2
 import generate_with_tau
+import sensitivity
 import summarize
 import tau2_mock
 import tau2_results
@@ -760,6 +765,9 @@ MAINS = {
     "tau2_mock.py": (tau2_mock.main, ["--local_dir", "data"]),
     "teacher_traces.py": (teacher_traces.main, ["--local_dir", "data"]),
     "evaluate_tau2.py": (evaluate_tau2.main, EVALUATE),
+    **{f"evaluate_tau2.py {name}": (evaluate_tau2.main, [name]) for name in ("compare", "rescore", "report")},
+    "sensitivity.py": (sensitivity.main, ["--output-dir", "."]),
+    "partial_credit.py": (partial_credit.main, []),
     "summarize.py": (summarize.main, []),
     "slime_local.server": (server.main, []),
     "slime_local.smollm2": (smollm2.main, []),
@@ -879,7 +887,10 @@ WRONG_COMMANDS = [
     ("teacher_traces.py", "--tasks task.jsonl --user no-such-model", "unknown customer 'no-such-model'"),
     ("evaluate_tau2.py", "--agent checkpoint", "needs --checkpoint DIR"),
     ("evaluate_tau2.py", "--agent checkpoint --checkpoint nowhere", "no such folder"),
-    ("evaluate_tau2.py", "--agent checkpoint --checkpoint run", "tools/convert_torch_dist_to_hf.py"),
+    ("evaluate_tau2.py", "--agent checkpoint --checkpoint run", "--save-hf wrote (train.py --save-hf DIR)"),
+    ("evaluate_tau2.py", "--checkpoint m", "--checkpoint is of --agent checkpoint"),
+    ("evaluate_tau2.py", "--agent checkpoint --checkpoint notes.txt", "is a file: give a Hugging Face model folder"),
+    ("evaluate_tau2.py", "--redraw-ids 0.5", "--redraw-ids: takes no value (not '0.5'): here all tasks are re-drawn"),
     ("evaluate_tau2.py", "--agent human", "invalid choice: 'human'"),
     ("evaluate_tau2.py", "--num-tasks 41", "the split has 40 tasks"),
     ("evaluate_tau2.py", "--num-trials 0", "--num-trials must be at least 1"),
@@ -889,6 +900,26 @@ WRONG_COMMANDS = [
     ("evaluate_tau2.py", "--task-split tests", "unknown split 'tests'"),
     ("evaluate_tau2.py", "--user-args [1]", "not a JSON object"),
     ("evaluate_tau2.py", ["--user", "gpt-4", "--user-args", '{"api_key": "x"}'], "read from the environment only"),
+    (
+        "evaluate_tau2.py compare",
+        "a.json b.json --output-path none/c.json",
+        "none/c.json: no folder none",
+    ),
+    ("evaluate_tau2.py compare", "a.json b.json --output-path data", "--output-path data is a folder"),
+    ("evaluate_tau2.py compare", "a.json b.json --output-path ./b.json", "would overwrite what is read"),
+    ("evaluate_tau2.py rescore", "a.json --output-path none/x.json", "--output-path none/x.json: no folder none"),
+    ("evaluate_tau2.py rescore", "a.json --output-path data", "--output-path data is a folder"),
+    ("evaluate_tau2.py report", "a.json --output a.json", "would overwrite what is read: give another file"),
+    ("evaluate_tau2.py report", "a.json --metrics-log m.txt --output m.txt", "would overwrite what is read"),
+    ("evaluate_tau2.py report", "a.json --output other.jsonl", "give a name that ends in .html"),
+    ("evaluate_tau2.py report", "a.json --output data", "--output data is a folder: give a file in it"),
+    ("evaluate_tau2.py report", "a.json --output none/r.html", "--output none/r.html: no folder none"),
+    (
+        "sensitivity.py",
+        "--agent checkpoint --checkpoint m --moods terse --num-trials 2",
+        "greedy episodes: give --temperature or --redraw-ids\n",
+    ),
+    ("partial_credit.py", "nowhere", "nowhere does not exist: give a folder of rollouts"),
     ("summarize.py", "", "--run-dir"),
     ("summarize.py", "--run-dir nowhere", "run run_local.sh first"),
     ("summarize.py", "--run-dir odd-summary", "remove it and evaluate again"),

@@ -285,8 +285,9 @@ def folder_with(tmp_path, *names):
         (["iter_0000012/common.pt"], "iter_0000012", ["convert_torch_dist_to_hf.py --input-dir", "--origin-hf-dir"]),
         (["x/__0_0.distcp"], "x", ["convert_torch_dist_to_hf.py --input-dir"]),
         (["run/latest_checkpointed_iteration.txt"], "run", ["convert_torch_dist_to_hf.py", "run/iter_0000012"]),
-        (["hf/config.json"], "hf", ["no weights", "no a tokenizer"]),
+        (["hf/config.json"], "hf", ["no weights (*.safetensors), no tokenizer (tokenizer.json)"]),
         (["hf/model.safetensors", "hf/tokenizer.json"], "hf", ["no config.json"]),
+        (["README.md"], "README.md", ["is a file: give a Hugging Face model folder"]),
     ],
 )
 def test_what_is_no_hf_folder_is_refused_with_the_converting_command(run_script, tmp_path, files, folder, named):
@@ -296,6 +297,19 @@ def test_what_is_no_hf_folder_is_refused_with_the_converting_command(run_script,
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert all(part in done.stderr for part in named), done.stderr
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("given", ["sft", "sft/iter_0000012"])
+def test_our_own_training_checkpoints_lead_to_the_folder_beside_them(tmp_path, capsys, given):
+    """slime's converter reads Megatron's format, which they are not."""
+    folder_with(tmp_path, "sft/latest_checkpointed_iteration.txt", "sft/iter_0000012/model.safetensors")
+    command = ["--checkpoint", str(tmp_path / given), "--output-path", str(tmp_path / "out.json")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "(train.py --save-hf DIR)" in error and "convert_torch" not in error and len(error.splitlines()) == 1
+    folder_with(tmp_path, "sft/hf/config.json")
+    assert main(command) == 2
+    assert f"use the folder that --save-hf wrote: {tmp_path}/sft/hf\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ from tau2_episode import (
 )
 from tau2_errors import BadInput
 from tau2_metrics import behaviour, breakdowns, by_task, metrics, task_means
-from tau2_results import ROWS_FORMAT, RowsFile, read_result, rows_path, tau2_results, write_json
+from tau2_results import ROWS_FORMAT, RowsFile, check_output, read_result, rows_path, tau2_results, write_json
 from tau2_reward_shaping import partial_score
 from tau2_teacher import AGENTS, AlwaysTransfer
 from tau2_users import customer_name, has_model, repeats_itself
@@ -130,8 +130,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0)
     add("--max-turn-tokens", type=int, default=TURN_TOKENS)
     add("--max-context-len", type=int, help="prompt and response together (default: what the model has)")
-    add("--redraw-ids", action="store_true", help="new names, phone numbers and ids in every task (telecom)")
+    add(
+        "--redraw-ids",
+        nargs="?",
+        const=True,
+        default=False,
+        type=_all_or_none,
+        metavar="",
+        help="new names, phone numbers and ids in every task (telecom)",
+    )
     return parser.parse_args(argv)
+
+
+def _all_or_none(text: str) -> bool:
+    raise argparse.ArgumentTypeError(f"takes no value (not {text[:20]!r}): here all tasks are re-drawn, or none")
 
 
 def _json_object(text: str) -> dict:
@@ -240,7 +252,8 @@ def run(args: argparse.Namespace) -> int:
 # Checks before anything loads
 
 
-def check_args(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace, mood_is_set: bool = False) -> None:
+    """Raises BadInput. mood_is_set: the moods are not the user's to give."""
     for flag in ("agent_llm", "agent_base_url", "agent_llm_args"):
         if getattr(args, flag) and args.agent != chat_agent.CHAT:
             given = f"--{flag.replace('_', '-')}"
@@ -255,11 +268,14 @@ def check_args(args: argparse.Namespace) -> None:
         raise BadInput("--temperature must be 0 or more")
     deterministic = args.temperature == 0 and repeats_itself(args.user, args.user_args) and not args.redraw_ids
     if deterministic and args.num_trials > 1 and args.agent == CHECKPOINT:
-        raise BadInput("--num-trials repeats the same greedy episodes: give --temperature, --redraw-ids or a mood")
+        cures = "--temperature or --redraw-ids" if mood_is_set else "--temperature, --redraw-ids or a mood"
+        raise BadInput(f"--num-trials repeats the same greedy episodes: give {cures}")
     if not args.output_path.endswith(".json"):
         raise BadInput(f"--output-path {args.output_path}: must end in .json")
     if args.agent == "teacher" and not is_telecom(args.domain):
         raise BadInput(f"--agent teacher follows telecom's policy only, not that of {args.domain!r}")
+    if args.checkpoint and args.agent != CHECKPOINT:
+        raise BadInput(f"--checkpoint is of --agent {CHECKPOINT}: leave out --agent {args.agent}, or the checkpoint")
     if args.agent == CHECKPOINT:
         if not args.checkpoint:
             raise BadInput(f"--agent {CHECKPOINT} needs --checkpoint DIR")
@@ -584,6 +600,8 @@ def rescore_command(argv: Sequence[str]) -> int:
     parser.add_argument("result", help="OUTPUT.json of an evaluation")
     parser.add_argument("--output-path", help="where the new result goes (default: it is only shown)")
     args = parser.parse_args(argv)
+    if args.output_path:
+        check_output("--output-path", args.output_path)
     old = read_result(args.result)
     new = rescored(old, args.result)
     changed = [row for row, was in zip(new["results"], old["results"], strict=True) if row["checks"] != was["checks"]]

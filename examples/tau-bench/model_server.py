@@ -59,6 +59,8 @@ def check_checkpoint(folder: Path, needs_weights: bool = True) -> None:
     needs_weights: not so where a server elsewhere has them, and only config and tokenizer are read here."""
     if not os.path.exists(folder):
         raise BadInput(f"--checkpoint {folder}: no such folder")
+    if not os.path.isdir(folder):
+        raise BadInput(f"--checkpoint {folder} is a file: give a Hugging Face model folder")
     tracker = folder / "latest_checkpointed_iteration.txt"
     if tracker.is_file():
         newest = tracker.read_text(encoding="utf-8", errors="replace").strip()[:40]
@@ -68,14 +70,18 @@ def check_checkpoint(folder: Path, needs_weights: bool = True) -> None:
         raise BadInput(_not_hf(folder, "a training checkpoint, not a Hugging Face folder", folder))
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     missing += [] if has_weights(folder) or not needs_weights else ["weights (*.safetensors)"]
-    missing += [] if any((folder / name).is_file() for name in TOKENIZERS) else ["a tokenizer (tokenizer.json)"]
+    missing += [] if any((folder / name).is_file() for name in TOKENIZERS) else ["tokenizer (tokenizer.json)"]
     if missing:
         raise BadInput(f"--checkpoint {folder}: not a Hugging Face model folder, it has no {', no '.join(missing)}")
 
 
 def _not_hf(folder: Path, what: str, iteration: Path) -> str:
+    use = f"--checkpoint {folder} is {what}; use the folder that --save-hf wrote"
+    if (iteration / "model.safetensors").is_file():  # slime_local's own, which slime's converter cannot read
+        saved = iteration.parent / "hf"
+        return f"{use}: {saved}" if (saved / "config.json").is_file() else f"{use} (train.py --save-hf DIR)"
     command = CONVERTER.format(folder=shlex.quote(str(iteration)))
-    return f"--checkpoint {folder} is {what}; use the folder that --save-hf wrote, or convert it in slime: {command}"
+    return f"{use}, or convert it in slime: {command}"
 
 
 def has_weights(folder: Path) -> bool:

@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
     except OSError as error:
         raise BadInput(f"--output-dir {ours.output_dir}: cannot be made ({error.strerror})") from None
     for args in evaluations.values():
-        evaluate_tau2.check_args(args)
+        evaluate_tau2.check_args(args, mood_is_set=True)
         evaluate_tau2.episode_config(args)
     with _one_server(evaluations):
         for mood, args in evaluations.items():

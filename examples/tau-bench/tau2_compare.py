@@ -18,7 +18,7 @@ from typing import Any
 
 from tau2_errors import BadInput
 from tau2_metrics import Difference, flips, paired_difference
-from tau2_results import read_result, write_json
+from tau2_results import check_output, read_result, write_json
 
 # Settings that belong to the benchmark and not to the model.
 SHARED = ("domain", "prompt", "user", "user_args", "max_steps", "max_errors", "max_turn_tokens", "max_context_len")
@@ -49,6 +49,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if len(args.results) < 2:
         raise BadInput("compare needs two results or more")
+    if args.output_path:
+        check_output("--output-path", args.output_path, args.results)
     return args
 
 

@@ -35,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import tau2_charts as charts
 from tau2_compare import NAMES, compare, p_value
 from tau2_errors import BadInput
+from tau2_results import check_output
 
 FOLDER = Path(__file__).parent / "report"
 BLOCK = 48  # episodes that are packed, and unpacked by the reader, together
@@ -64,6 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
+        check_html(args.output, [*args.results, *args.metrics_log])
         runs = read_runs(args.results, args.labels)
         logs = [read_log(path) for path in args.metrics_log]
         write(args.output, render(runs, logs, comparison(runs)))
@@ -308,6 +310,13 @@ def json_island(value: Any) -> str:
     """JSON that cannot end its <script> element. Pure ASCII: U+2028 and the like are escaped too."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def check_html(path: Path, inputs: Sequence[Path]) -> None:
+    """Raises BadInput, before any work, where the report would take the place of something else."""
+    check_output("--output", path, inputs)
+    if path.suffix in (".json", ".jsonl"):
+        raise BadInput(f"--output {path}: the report is HTML: give a name that ends in .html")
 
 
 def write(path: Path, text: str) -> None:

@@ -214,6 +214,18 @@ def read_result(path: str | Path) -> dict[str, Any]:
     return result
 
 
+def check_output(flag: str, path: str | Path, inputs: Sequence[str | Path] = ()) -> None:
+    """Raises BadInput, before any work, for a file that cannot be written, or that is one of the inputs."""
+    path = Path(path)
+    if os.path.isdir(path):
+        raise BadInput(f"{flag} {path} is a folder: give a file in it")
+    if not os.path.isdir(path.parent):
+        raise BadInput(f"{flag} {path}: no folder {path.parent}")
+    for given in inputs:
+        if os.path.realpath(given) == os.path.realpath(path):
+            raise BadInput(f"{flag} {path} would overwrite what is read: give another file")
+
+
 def write_json(path: Path, value: dict) -> None:
     """Atomically: a reader sees the old file or the new one. A line a key, for indentation takes ten times as long."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -224,5 +236,7 @@ def write_json(path: Path, value: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # the user knows the file, not the temporary one
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
