@@ -294,7 +294,7 @@ def _evaluate(run: Run, rollout_id: int) -> None:
     step = _rollout_step(args, rollout_id)
     run.tracker.log({**metrics, "eval/step": step}, step)
     scores = ", ".join(f"{name} {metrics[f'eval/{name}']:.3f}" for name in data)
-    print(f"eval {rollout_id}: {scores} ({time.monotonic() - started:.0f} s)", flush=True)
+    print(f"eval {rollout_id}: {scores or 'no number'} ({time.monotonic() - started:.0f} s)", flush=True)
 
 
 def _rollout_step(args: Namespace, rollout_id: int) -> int:

@@ -890,7 +890,7 @@ WRONG_COMMANDS = [
     ("evaluate_tau2.py", "--agent checkpoint --checkpoint run", "--save-hf wrote (train.py --save-hf DIR)"),
     ("evaluate_tau2.py", "--checkpoint m", "--checkpoint is of --agent checkpoint"),
     ("evaluate_tau2.py", "--agent checkpoint --checkpoint notes.txt", "is a file: give a Hugging Face model folder"),
-    ("evaluate_tau2.py", "--redraw-ids 0.5", "--redraw-ids: takes no value (not '0.5'): here all tasks are re-drawn"),
+    ("evaluate_tau2.py", "--redraw-ids 0.5", "0.5; --redraw-ids takes no value: here all tasks are"),
     ("evaluate_tau2.py", "--agent human", "invalid choice: 'human'"),
     ("evaluate_tau2.py", "--num-tasks 41", "the split has 40 tasks"),
     ("evaluate_tau2.py", "--num-trials 0", "--num-trials must be at least 1"),

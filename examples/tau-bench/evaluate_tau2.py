@@ -130,20 +130,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0)
     add("--max-turn-tokens", type=int, default=TURN_TOKENS)
     add("--max-context-len", type=int, help="prompt and response together (default: what the model has)")
-    add(
-        "--redraw-ids",
-        nargs="?",
-        const=True,
-        default=False,
-        type=_all_or_none,
-        metavar="",
-        help="new names, phone numbers and ids in every task (telecom)",
-    )
-    return parser.parse_args(argv)
-
-
-def _all_or_none(text: str) -> bool:
-    raise argparse.ArgumentTypeError(f"takes no value (not {text[:20]!r}): here all tasks are re-drawn, or none")
+    add("--redraw-ids", action="store_true", help="new names, phone numbers and ids in every task (telecom)")
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        share = args.redraw_ids and not rest[0].startswith("-")  # which other scripts take
+        hint = "; --redraw-ids takes no value: here all tasks are re-drawn, or none" if share else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    return args
 
 
 def _json_object(text: str) -> dict:

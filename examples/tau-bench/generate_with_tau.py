@@ -398,7 +398,7 @@ def eval_trials(args: Any, generate_path: str | None) -> int:
         for dataset in getattr(args, "eval_datasets", None) or []
         if getattr(dataset, "custom_generate_function_path", None) == generate_path
     ]
-    counts = sorted({dataset.n_samples_per_eval_prompt for dataset in datasets})
+    counts = sorted({dataset.n_samples_per_eval_prompt or 1 for dataset in datasets})
     if len(counts) > 1:
         raise BadInput(
             f"evaluation data sets with {' and '.join(map(str, counts))} samples of a prompt: a sample does not say "
