@@ -4,7 +4,8 @@
     python benchmarks/rollout.py --quick                            # 2 x 2 episodes
 
 Both sides are this repository's loop, plug-ins and engine, with the same seeds; the second empties a slot before every
-request. Also says which share of a rollout passes outside the engine's steps.
+request and copies nothing from others: the samples of a group have much the same dialogue. Also says which share of a
+rollout passes outside the engine's steps.
 """
 
 from __future__ import annotations
@@ -61,11 +62,10 @@ def rollout_flags(checkpoint: Path, side: int, context: int) -> list[str]:
 
 def rollout(command: list[str], reads_again: bool, outside: list[float] | None = None) -> Seconds:
     """Seconds of the rollout in a run of the loop; `outside` gets the share outside the engine's steps, in %."""
-    from slime_local import loop
-    from slime_local.engine import Engine
+    from slime_local import engine, loop
     from slime_local.flags import parse_args
 
-    class Clocked(Engine):
+    class Clocked(engine.Engine):
         seconds = 0.0
         rollout_seconds = 0.0
 
@@ -89,11 +89,12 @@ def rollout(command: list[str], reads_again: bool, outside: list[float] | None =
                 Clocked.rollout_seconds = time.perf_counter() - began
 
     original, loop.Engine = loop.Engine, Clocked
+    least, engine.MIN_SHARED_PREFIX = engine.MIN_SHARED_PREFIX, 10**9 if reads_again else engine.MIN_SHARED_PREFIX
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             loop.train(parse_args(command))
     finally:
-        loop.Engine = original
+        loop.Engine, engine.MIN_SHARED_PREFIX = original, least
     if outside is not None:
         outside.append(100 * (1 - Clocked.seconds / Clocked.rollout_seconds))
     return Seconds(Clocked.rollout_seconds)
