@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from slime_local.errors import UsageError
+from slime_local.plugins import may_end_job
 from slime_local.sample import Sample
 
 
@@ -34,9 +34,8 @@ def check_reward_nonzero_std_with_fallback(args: Any, samples: list[Sample], **_
 
 def call_filter(function: Callable[..., Any] | None, args: Any, group: list[Sample]) -> DynamicFilterOutput:
     """The filter's output, which may also be a plain truth value; without a filter every group is kept."""
-    try:
-        output = function(args, group) if function is not None else True
-    except RuntimeError as error:  # slime's way for a plug-in to end the job: its words are for the user
-        path = args.dynamic_sampling_filter_path
-        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
+    if function is None:
+        return DynamicFilterOutput(True)
+    with may_end_job(args.dynamic_sampling_filter_path):
+        output = function(args, group)
     return output if hasattr(output, "keep") else DynamicFilterOutput(bool(output))

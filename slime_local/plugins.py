@@ -1,7 +1,8 @@
 """Resolve the dotted paths that slime's plug-in flags take; the names of slime's own functions lead to ours."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -40,6 +41,15 @@ def load_function(path: str) -> Callable[..., Any]:
     if not callable(function):
         raise UsageError(f"{path}: module {module_name} ({module.__file__}) has no function {name}")
     return function
+
+
+@contextmanager
+def may_end_job(path: str) -> Iterator[None]:
+    """A RuntimeError is slime's way for the plug-in at `path` to end the job: its words are for the user."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def _import_failure(path: str, module_name: str, error: Exception) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from slime_local.errors import UsageError, one_line
 from slime_local.generate import known_reward
-from slime_local.plugins import load_function
+from slime_local.plugins import load_function, may_end_job
 from slime_local.sample import Sample
 
 GROUP_NORMALISED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
@@ -38,10 +38,8 @@ def post_process_rewards(args: Any, samples: list[Sample]) -> tuple[list[float],
     """
     if args.custom_reward_post_process_path:
         path = args.custom_reward_post_process_path
-        try:
+        with may_end_job(path):
             return load_function(path)(args, samples)
-        except RuntimeError as error:  # slime's way for a plug-in to end the job: its words are for the user
-            raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
     raw = [known_reward(sample.get_reward_value(args), sample) for sample in samples]
     if args.advantage_estimator not in GROUP_NORMALISED or not args.rewards_normalization:
         return raw, raw
