@@ -522,3 +522,8 @@ def test_nothing_of_the_hosts_is_imported():
     folder = generate_with_tau.Path(generate_with_tau.__file__).parent
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True)
     assert "'aiohttp'" in result.stdout and "'slime'" not in result.stdout and "'slime_local'" not in result.stdout
+
+
+def test_a_rollouts_defaults_are_those_of_an_episode():
+    """Written twice: the reward plug-in reads its settings without importing the episode."""
+    assert generate_with_tau.episode_config(Settings(), {}) == EpisodeConfig()

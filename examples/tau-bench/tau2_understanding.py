@@ -161,9 +161,8 @@ def _without_braces(text: str) -> str:
 
 def _sentences(text: str) -> list[str]:
     text = re.sub(r"[’`]", "'", text.lower())
-    text = re.sub(
-        r"\n\s*", "\n", "\n" + text
-    )  # first: a run of newlines is then looked at once, not from each of them
+    # First, so that the next pattern looks at a run of newlines once and not from each of them.
+    text = re.sub(r"\n\s*", "\n", "\n" + text)
     text = re.sub(r"\n(\d+[.)]|[-*•])\s*", ", ", text)
     text = re.sub(r"[()\"“”*]", " , ", text)
     text = re.sub(r"\s+", " ", text.replace("–", "-").replace("—", ", "))
