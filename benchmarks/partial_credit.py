@@ -28,6 +28,7 @@ class Stored(SimpleNamespace):
         COMPLETED = "completed"
         TRUNCATED = "truncated"
         ABORTED = "aborted"
+        FAILED = "failed"
 
 
 def read_groups(run: Path) -> list[list[Stored]]:

@@ -11,7 +11,6 @@ import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +65,7 @@ def check(args: Namespace, host: str) -> None:
     local = [
         _check_family,
         _check_start,
+        _check_top_p,
         _check_outputs,
         _check_overwriting,
         _check_templates,
@@ -222,7 +222,11 @@ def _check_policy(args: Namespace) -> None:
     shaped = args.custom_reward_post_process_path or not args.rewards_normalization
     if args.n_samples_per_prompt == 1 and args.advantage_estimator in ("grpo", "gspo", "cispo") and not shaped:
         raise UsageError("with --n-samples-per-prompt 1 every group-normalised advantage is 0: sample several")
-    if args.rollout_top_p != 1.0 and not args.debug_rollout_only:
+
+
+def _check_top_p(args: Namespace) -> None:
+    """slime replays what a token was drawn from in training; this trainer does not."""
+    if args.rollout_top_p != 1.0 and not (args.debug_train_only or args.debug_rollout_only):
         raise UsageError("--rollout-top-p must be 1.0 in training: the trainer's log-probs are over all tokens")
 
 
@@ -445,8 +449,17 @@ def _check_port(args: Namespace) -> None:
 
 
 def _check_plugins(args: Namespace) -> None:
+    _check_functions(args, plugin_paths(args))
+
+
+def _check_plugins_for_slime(args: Namespace) -> None:
+    """As above, without slime's own functions, which are not ours to find."""
+    _check_functions(args, [(flag, path) for flag, path in plugin_paths(args) if not path.startswith("slime.")])
+
+
+def _check_functions(args: Namespace, paths: list[tuple[str, str]]) -> None:
     lines, told = [], set()
-    for flag, path in plugin_paths(args):
+    for flag, path in paths:
         try:
             module = load_function(path).__module__
             if (message := _ask_module(args, module)) and message not in told:
@@ -456,15 +469,6 @@ def _check_plugins(args: Namespace) -> None:
             lines.append(f"{flag} {error}")
     if lines:
         raise UsageError("\n".join(lines))
-
-
-def _check_plugins_for_slime(args: Namespace) -> None:
-    """As above, without slime's own functions where slime is not installed."""
-    others = Namespace(**vars(args))
-    for flag, path in plugin_paths(args):
-        if path.startswith("slime.") and find_spec("slime") is None:
-            setattr(others, flag.removeprefix("--").replace("-", "_"), None)
-    _check_plugins(others)
 
 
 def plugin_paths(args: Namespace) -> list[tuple[str, str]]:

@@ -130,7 +130,7 @@ def test_what_broke_is_no_outcome_and_old_outcomes_are_forgotten(make_args):
     source = CurriculumDataSource(make_args(tau2_curriculum_window=8))
     (group,) = source.get_samples(1)
     for sample in group:
-        sample.remove_sample, sample.reward, sample.metadata["tau2"] = True, 0.0, {"solved": False}
+        sample.status, sample.reward, sample.metadata["tau2"] = sample.Status.FAILED, 0.0, {"solved": False}
     process_all_samples(source.args, [group], source)
     assert source.outcomes == {}
     for _ in range(30):

@@ -190,7 +190,8 @@ def check_group(samples: list[Sample], lost: list[Sample], reason: str) -> None:
     kept = [sample for sample in samples if sample not in lost]
     for sample in lost:
         assert (sample.loss_mask, sample.rollout_log_probs, sample.reward) == ([0], [0.0], 0.0)
-        assert sample.remove_sample and sample.status is Sample.Status.ABORTED
+        ended = Sample.Status.ABORTED if reason == "generation_aborted" else Sample.Status.FAILED
+        assert sample.remove_sample and sample.status is ended
     for sample in kept:
         assert sum(sample.loss_mask) > 0 and not sample.remove_sample
     kept[0].metadata["tau2"]["reward"] = kept[0].reward = 0.0  # a difference in the group to normalise

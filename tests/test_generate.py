@@ -65,7 +65,8 @@ def make_sample(kind="mms_issue", **fields):
 def assert_removed(sample):
     assert (sample.tokens, sample.response_length, sample.loss_mask) == ([0, 0], 1, [0])
     assert (sample.rollout_log_probs, sample.reward, sample.remove_sample) == ([0.0], 0.0, True)
-    assert sample.status is Sample.Status.ABORTED
+    stopped = sample.metadata["tau2"]["end_reason"] == "generation_aborted"
+    assert sample.status is (Sample.Status.ABORTED if stopped else Sample.Status.FAILED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,6 +225,9 @@ async def test_a_removed_sample_has_what_slime_replays_in_training(args, model):
     assert all(int(experts[:, layer].count_nonzero()) for layer in range(3)), "all zero is a failed capture to slime"
     assert sample.rollout_top_p_token_offsets == [0, len(sample.rollout_top_p_token_ids)]
     assert len(sample.rollout_top_p_token_offsets) == sample.response_length + 1
+    model.behave = lambda number, payload: None  # run again it has nothing left of them
+    again = await generate(args, sample, PARAMS)
+    assert again.reward == 1.0 and again.rollout_top_p_token_ids is None and again.rollout_routed_experts is None
 
 
 async def test_a_server_error_is_tried_again(args, model):

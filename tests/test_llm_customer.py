@@ -465,7 +465,7 @@ async def test_a_rollout_with_a_model_as_the_customer(provider, args):
 async def test_a_sample_whose_customer_fails_is_tried_again_and_removed(provider, args):
     misbehave(provider, 500)
     sample = await generate_with_tau.generate(args, make_sample(), PARAMS)
-    assert sample.remove_sample and sample.status is Sample.Status.ABORTED
+    assert sample.remove_sample and sample.status is Sample.Status.FAILED
     assert sample.metadata["tau2"]["end_reason"] == "user_failed" and sample.metadata["tau2"]["reward"] is None
     assert len(provider.requests) == 1 + 2, "the preflight, then one try for each of the two episodes"
 
@@ -477,6 +477,15 @@ async def test_a_customer_that_cannot_be_used_ends_the_job_with_one_reason(provi
     assert len(provider.requests) == 1
     with pytest.raises(RuntimeError, match="OPENAI_API_KEY"):
         tau2_reward_post_process(args, samples)
+
+
+@pytest.mark.parametrize("how", [503, 429])
+async def test_a_customer_that_does_not_answer_yet_ends_no_job(provider, args, how):
+    """A server that still loads, or a rate limit, when the first episode begins."""
+    misbehave(provider, how, 1, 1)
+    samples = [await generate_with_tau.generate(args, make_sample(), PARAMS) for _ in range(2)]
+    assert [sample.reward for sample in samples] == [1.0, 1.0]
+    assert sum(len(request["tools"]) == 1 for request in provider.requests) == 1, "one preflight"
 
 
 def test_the_command_is_checked_with_a_preflight(provider, args):

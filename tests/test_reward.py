@@ -1,8 +1,10 @@
 """The shaped reward: weights, groups, and that no known exploit of the official action check earns anything."""
 
 import asyncio
+import importlib
 import json
 import statistics
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -249,7 +251,7 @@ def test_the_same_numbers_as_slimes_own_normalisation_on_even_groups():
     assert ours == pytest.approx(rewards.flatten().tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("gone", [{"status": "ABORTED"}, {"removed": True}])
+@pytest.mark.parametrize("gone", [{"status": "ABORTED"}, {"status": "FAILED", "removed": True}])
 def test_what_holds_no_episode_gets_nothing_and_moves_nobody(gone):
     samples = [sample(1.0), sample(0.0), sample(0.0, **gone)]
     _, rewards = tau2_reward_post_process(SimpleNamespace(), samples)
@@ -301,12 +303,47 @@ def test_advantages_of_every_group_add_up_to_zero(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_what_a_sample_filter_keeps_out_of_the_loss_stays_in_its_group():
+    """slime's --rollout-sample-filter-path: it "does not determine whether the sample participates in advantage
+    normalization"."""
+    samples = [sample(1.0), sample(1.0), *(sample(0.0, action=(False,), status="TRUNCATED") for _ in range(2))]
+    before = tau2_reward_post_process(SimpleNamespace(), samples)
+    for cut_off in samples[2:]:
+        cut_off.remove_sample = True
+    assert tau2_reward_post_process(SimpleNamespace(), samples) == before
+    assert before[0] == [1.0, 1.0, 0.0, 0.0] and before[1][0] > 0 > before[1][2]
+    args = SimpleNamespace(rollout_batch_size=1)
+    for _ in range(4):
+        tau2_reward_post_process(args, samples[2:])  # a whole batch of them ends no run
+    assert episode_metrics(args, samples)["pass_rate"] == 0.5
+
+
+@pytest.mark.parametrize("home", ["slime.observability", "slime.utils"])
+def test_what_slime_gives_no_dict_for_goes_out_by_its_own_logger(home, monkeypatch, tmp_path):
+    """An evaluation's metrics, in slime as it is and as it was (v0.3.1)."""
+    folder = tmp_path.joinpath(*home.split("."))
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").touch()
+    log = "def log(args, metrics, step_key): sent.append((metrics, step_key))"
+    (folder / "logging_utils.py").write_text(f"sent = []\n{log}")
+    (folder / "metric_utils.py").write_text("def compute_rollout_step(args, rollout_id): return 10 * rollout_id")
+    for name in [name for name in sys.modules if name.split(".")[0] == "slime"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    log_eval_rollout(4, SimpleNamespace(use_wandb=True), {"a": eval_data(1, 0)}, None)
+    ((metrics, step_key),) = importlib.import_module(f"{home}.logging_utils").sent
+    assert metrics["eval/a/pass_rate"] == 0.5 and metrics[step_key] == 40
+    for name in [name for name in sys.modules if name.split(".")[0] == "slime"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def test_metrics_name_end_reasons_and_leave_lost_episodes_out_of_the_means():
     samples = [
         sample(1.0, issue_type="mms_issue"),
         sample(0.0, action=(False,), issue_type="mms_issue", end_reason="max_steps"),
         sample(1.0, issue_type="service_issue"),
-        sample(0.0, status="ABORTED", removed=True, end_reason="user_failed"),
+        sample(0.0, status="FAILED", removed=True, end_reason="user_failed"),
     ]
     samples[3].metadata["tau2"]["reward"] = None
     metrics = episode_metrics(SimpleNamespace(), samples)
@@ -329,7 +366,7 @@ def test_log_hooks_add_to_what_slime_logs_and_let_it_go_on():
 
 
 def test_the_logged_reward_of_training_is_that_of_the_episodes():
-    samples = [sample(1.0), sample(0.0), sample(1.0, 1), sample(0.0, 1, status="ABORTED", removed=True)]
+    samples = [sample(1.0), sample(0.0), sample(1.0, 1), sample(0.0, 1, status="FAILED", removed=True)]
     raw, rewards = tau2_reward_post_process(SimpleNamespace(), samples)
     assert statistics.fmean(raw) == pytest.approx(2 / 3) and raw[:3] == [1.0, 0.0, 1.0]
     assert rewards[3] == 0.0
@@ -337,7 +374,7 @@ def test_the_logged_reward_of_training_is_that_of_the_episodes():
 
 def eval_data(*rewards):
     """An evaluation as both hosts hand it over; None: a broken episode."""
-    broken = {"status": "ABORTED", "removed": True, "end_reason": "user_failed"}
+    broken = {"status": "FAILED", "removed": True, "end_reason": "user_failed"}
     samples = [sample(float(r)) if r is not None else sample(0.0, **broken) for r in rewards]
     return {"rewards": [s.reward for s in samples], "truncated": [False] * len(samples), "samples": samples}
 
@@ -369,7 +406,7 @@ FAILED = [sample(action=(False,)), sample(action=(False,))]
 FAILED_BUT_PARTLY = [sample(action=(True, False)), sample(action=(False, False))]
 SOLVED = [sample(1.0), sample(1.0)]
 MIXED = [sample(1.0), sample(0.0)]
-BROKEN = [sample(1.0), sample(0.0, removed=True), sample(0.0, status="ABORTED")]
+BROKEN = [sample(1.0), sample(0.0, status="FAILED", removed=True), sample(0.0, status="ABORTED")]
 
 
 @pytest.mark.parametrize(
@@ -392,7 +429,7 @@ def test_the_filter_keeps_what_the_trained_reward_tells_apart(group, keep, reaso
 
 def lost_group(number, **record):
     record = {"end_reason": "user_failed", "detail": "HTTP 500", **record}
-    return [sample(group=number, status="ABORTED", removed=True, **record) for _ in range(4)]
+    return [sample(group=number, status="FAILED", removed=True, **record) for _ in range(4)]
 
 
 @pytest.mark.parametrize("filter_", [check_shaped_reward_spread, check_shaped_reward_spread_with_fallback])

@@ -252,7 +252,7 @@ def test_what_is_dropped_is_counted_by_reason(make, natural):
     control = copy.deepcopy(other)
     control.metadata["tau2"]["messages"][1]["content"] += "<|im_end|>"
     removed = copy.deepcopy(other)
-    removed.remove_sample = True
+    removed.remove_sample, removed.status = True, Sample.Status.FAILED
     samples = [
         good,
         changed(good, seed=5),  # the same dialogue again

@@ -34,7 +34,7 @@ def test_the_sft_command_trains_as_meant():
     assert (args.lr, args.lr_decay_style, args.lr_warmup_fraction, args.weight_decay) == (2e-5, "cosine", 0.1, 0.01)
     assert args.loss_type == "sft_loss" and args.calculate_per_token_loss and args.debug_train_only
     assert args.loss_mask_type == "qwen3" and args.save_interval and "{rollout_id}" in args.save_hf
-    assert args.load == args.save and args.num_gpus_per_node == 2
+    assert args.load == args.save and args.num_gpus_per_node == 2 and not args.colocate
 
 
 def test_the_grpo_command_starts_from_sft_and_evaluates_outside_test():
@@ -78,6 +78,14 @@ def test_traces_of_other_settings_are_not_trained_on(source, tmp_path, run_scrip
     assert done.returncode == 2 and "no model folder" in done.stderr, "the traces were no matter"
 
 
+def test_grpo_on_slime_wants_its_start_before_the_engines_load(tmp_path):
+    (tmp_path / "ray").write_text("#!/bin/sh\n")
+    (tmp_path / "ray").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("run_grpo.sh", SFT_DIR=tmp_path / "sft", RL_DIR=tmp_path / "rl", PATH=path)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'sft'} is not there: run run_sft.sh")
+
+
 def test_what_is_made_of_a_model_lies_beside_it():
     sft, grpo = (parse_args(printed(s, HF_DIR="/m/M", HOST="local"), "local") for s in ("run_sft.sh", "run_grpo.sh"))
     assert sft.save == grpo.ref_load == "/m/M_sft_telecom" and grpo.save == "/m/M_rl_telecom"
@@ -105,9 +113,10 @@ import argparse, shutil
 parser = argparse.ArgumentParser()
 for flag in ("--input-dir", "--output-dir", "--origin-hf-dir"):
     parser.add_argument(flag, required=True)
+parser.add_argument("--force", action="store_true")
 args = parser.parse_args()
 assert args.input_dir.endswith("iter_0000073"), args
-shutil.copytree(args.origin_hf_dir, args.output_dir)
+shutil.copytree(args.origin_hf_dir, args.output_dir, dirs_exist_ok=args.force)
 """
 
 
@@ -117,6 +126,7 @@ def test_an_iteration_folder_is_converted_first(tiny_model_dir, tmp_path):
     (tmp_path / "slime" / "tools" / "convert_torch_dist_to_hf.py").write_text(CONVERTER)
     checkpoint, output = tmp_path / "rl" / "iter_0000073", tmp_path / "eval.json"
     checkpoint.mkdir(parents=True)
+    (tmp_path / "rl" / "iter_0000073_hf.part").mkdir()  # what an interrupted conversion left
     settings = {"CHECKPOINT": checkpoint, "HF_DIR": tiny_model_dir, "SLIME_DIR": tmp_path / "slime", "OUTPUT": output}
     settings |= {"CUSTOMER": "scripted", "PROMPT": "short", "PORT": free_ports(1)[0]}
     succeed(run("run_eval.sh", "--num-tasks", "1", "--max-turn-tokens", "16", **settings))

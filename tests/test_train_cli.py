@@ -226,6 +226,9 @@ def test_where_slime_is_installed_its_own_train_py_gets_the_flags(folder, tiny_m
     result = subprocess.run(command("--host", "auto", *words), **options)
     assert result.returncode == 0, result.stderr
     assert f"slime got {words}" in result.stdout and "ignored" not in result.stdout
+    given = ["--custom-rm-path", "slime.rollout.on_policy_distillation.reward_func", "--rollout-top-p", "0.9"]
+    result = subprocess.run(command(*words, *given), **options)
+    assert result.returncode == 0, f"slime has both, and we do not: {result.stderr}"
     result = subprocess.run(command(*words, "--no-such-flag"), **options)
     assert result.returncode == 2 and "slime got" not in result.stdout
     result = train(folder, "--host", "slime", *words)

@@ -298,7 +298,7 @@ async def generate(args: Any, sample: Any, sampling_params: dict, evaluation: bo
     """Run the sample's task as one episode and write ids, mask, log-probs, reward and record into `sample`.
 
     Nothing but cancellation leaves this function: an exception would end slime's whole job. What broke is logged, and
-    the sample becomes one that counts for nothing (status ABORTED, remove_sample, masked).
+    the sample becomes one that counts for nothing (status ABORTED or FAILED, remove_sample, masked).
     """
     try:
         return await _generate(args, sample, sampling_params, evaluation)
@@ -553,6 +553,9 @@ def _clear(sample: Any) -> None:
     sample.tokens, sample.response, sample.response_length = [], "", 0
     sample.loss_mask, sample.rollout_log_probs, sample.weight_versions = [], [], []
     sample.remove_sample = False
+    for name in ("rollout_routed_experts", "rollout_top_p_token_ids", "rollout_top_p_token_offsets"):
+        if hasattr(sample, name):
+            setattr(sample, name, None)
 
 
 def _remove(args: Any, sample: Any, record: dict) -> Any:
@@ -563,8 +566,10 @@ def _remove(args: Any, sample: Any, record: dict) -> Any:
     _fill_replayed(args, sample)
     sample.reward = 0.0
     sample.remove_sample = True
-    sample.status = type(sample).Status.ABORTED
     record.setdefault("end_reason", EndReason.ENVIRONMENT_FAILED.value)
+    # What was stopped may be run again (slime's fully asynchronous rollout does); what failed would fail for ever.
+    stopped = record["end_reason"] == EndReason.GENERATION_ABORTED.value
+    sample.status = type(sample).Status.ABORTED if stopped else type(sample).Status.FAILED
     sample.metadata = {**(sample.metadata or {}), "tau2": {**record, "reward": None, "solved": False}}
     return sample
 

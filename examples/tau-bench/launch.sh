@@ -44,6 +44,12 @@ need_ray() { # fails where `launch` would, before anything is written
       fail "HOST=slime: no ray on PATH: run it in slime's image, or HOST=local"
 }
 
+need_start() { # need_start FOLDER LOAD: slime would look for its start only when the engines are up
+   [ "$HOST" = local ] || [ "${PRINT:-0}" = 1 ] || [ "${CHECK:-0}" = 1 ] || [ -e "$1" ] || [ -e "$2" ] ||
+      [[ $RAY_ADDRESS != http://127.0.0.1:* ]] || # the folders are those of another machine
+      fail "$1 is not there: run run_sft.sh first, or set SFT_DIR to the checkpoint that GRPO starts from"
+}
+
 launch() { # launch ARG...: train.py with these arguments
    if [ "${PRINT:-0}" = 1 ]; then
       printf '%s\n' "python3 train.py" "$@"

@@ -294,7 +294,7 @@ def read_debug_file(file: Path) -> Iterator[Recorded]:
     for sample in load_samples(file):
         metadata = sample["metadata"] or {}
         record = metadata.get("tau2") or {"reward": None}
-        if sample.get("remove_sample") or sample.get("status") == "aborted":
+        if sample.get("status") in ("aborted", "failed"):
             record = {**record, "reward": None}
         messages = record.get("messages") or []
         yield Recorded(

@@ -19,8 +19,11 @@ whole_number NUM_TRIALS "${NUM_TRIALS:-1}" PORT "${PORT:-30000}"
 [ "${PRINT:-0}" = 1 ] || case $(basename "$CHECKPOINT") in iter_*)
    [ -e "${CHECKPOINT}_hf/config.json" ] || [ -f "$SLIME_DIR/tools/convert_torch_dist_to_hf.py" ] ||
       fail "$CHECKPOINT is an iteration folder, and SLIME_DIR=$SLIME_DIR holds no slime to convert it: set SLIME_DIR, or evaluate an HF folder"
-   [ -e "${CHECKPOINT}_hf/config.json" ] || PYTHONPATH=$MEGATRON_DIR:$SLIME_DIR "$PYTHON" "$SLIME_DIR/tools/convert_torch_dist_to_hf.py" \
-      --input-dir "$CHECKPOINT" --output-dir "${CHECKPOINT}_hf" --origin-hf-dir "$HF_DIR"
+   [ -e "${CHECKPOINT}_hf/config.json" ] || { # whole or not at all: --force goes over what an interruption left
+      PYTHONPATH=$MEGATRON_DIR:$SLIME_DIR "$PYTHON" "$SLIME_DIR/tools/convert_torch_dist_to_hf.py" --force \
+         --input-dir "$CHECKPOINT" --output-dir "${CHECKPOINT}_hf.part" --origin-hf-dir "$HF_DIR"
+      rm -rf "${CHECKPOINT}_hf" && mv "${CHECKPOINT}_hf.part" "${CHECKPOINT}_hf"
+   }
    CHECKPOINT=${CHECKPOINT}_hf
 esac
 

@@ -21,6 +21,7 @@ model_args
 whole_number ROLLOUT_BATCH "$ROLLOUT_BATCH" NUM_ROLLOUT "${NUM_ROLLOUT:-1}" SAVE_INTERVAL "${SAVE_INTERVAL:-1}" \
    EVAL_INTERVAL "${EVAL_INTERVAL:-1}" RESPONSE_LEN "${RESPONSE_LEN:-1}" CONTEXT_LEN "${CONTEXT_LEN:-1}"
 need_ray
+need_start "$SFT_DIR" "$RL_DIR"
 
 # The start is --ref-load, the newest SFT checkpoint (another one: --ref-ckpt-step N). An iteration folder as --load
 # would be silently passed over, and --load SFT_DIR would continue SFT's optimizer and its place in the data.

@@ -73,8 +73,7 @@ PERF_ARGS=(
 MISC_ARGS=(
    --actor-num-nodes 1
    --actor-num-gpus-per-node "$NUM_GPUS"
-   --num-gpus-per-node "$NUM_GPUS" # slime assumes 8 otherwise
-   --colocate
+   --num-gpus-per-node "$NUM_GPUS" # slime assumes 8 otherwise; there is no engine, so nothing to --colocate with
    --attention-dropout 0.0
    --hidden-dropout 0.0
    --accumulate-allreduce-grads-in-fp32

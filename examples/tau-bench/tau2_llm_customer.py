@@ -11,6 +11,7 @@ litellm is imported on first use, because that takes seconds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import json
@@ -62,8 +63,16 @@ class UnusableCustomer(Exception):
     """The customer cannot be used as it is given; the message says which setting, key or model is wrong."""
 
 
+class UnreachableCustomer(UnusableCustomer):
+    """It does not answer now, and may later."""
+
+
 class CustomerFailed(Exception):
-    """The customer's model gave no usable reply; the message holds no key."""
+    """The customer's model gave no usable reply; the message holds no key. `final`: nor will it give one later."""
+
+    def __init__(self, message: str, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,11 +207,13 @@ def check(model: str, args: dict[str, Any]) -> None:
 
 
 async def check_once(model: str, args: dict[str, Any]) -> None:
-    """The same off the event loop; from the second call on it costs nothing. Raises UnusableCustomer."""
+    """The same off the event loop; from the second call on it costs nothing. Raises UnusableCustomer, but for one that
+    does not answer now (a server that still loads, a rate limit): the episodes ask longer than the preflight does."""
     check_settings(model, args)
     if _preflight_key(model, args) not in _preflights:
         await _in_thread(functools.partial(check_key, model, args), None, CONCURRENCY)
-    await asyncio.wrap_future(_preflight(model, args))
+    with contextlib.suppress(UnreachableCustomer):
+        await asyncio.wrap_future(_preflight(model, args))
 
 
 _preflights: dict[str, Future] = {}
@@ -242,10 +253,10 @@ async def _complete_with_a_tool(model: str, args: dict[str, Any]) -> None:
     try:
         await _ask(call, model, args, CONCURRENCY)
     except CustomerFailed as error:
-        problem = str(error)
+        problem, kind = str(error), UnusableCustomer if error.final else UnreachableCustomer
     else:
         return
-    raise UnusableCustomer(f"the customer cannot be reached: {problem}")
+    raise kind(f"the customer cannot be reached: {problem}")
 
 
 @functools.cache
@@ -282,7 +293,7 @@ async def _ask(call: Callable[[], Any], model: str, args: dict[str, Any], concur
         logger.warning("%s; trying again in %.1f s", problem, wait)
         await asyncio.sleep(wait)
     # Raised here and not above, so that litellm's own words, which may hold a key, are not chained to it.
-    raise CustomerFailed(problem if number == 1 else f"{problem} ({number} tries)")
+    raise CustomerFailed(problem if number == 1 else f"{problem} ({number} tries)", final=hopeless)
 
 
 _slots_of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

@@ -39,6 +39,7 @@ check_reward_nonzero_std looks at the binary reward and also drops what only par
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import statistics
@@ -120,7 +121,7 @@ def tau2_reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[fl
     """(raw_rewards, rewards), both of len(samples): the binary rewards, and the shaped ones normalised per group.
 
     Groups are the samples of one prompt (`group_index`), of whatever sizes. Samples that hold no episode (aborted or
-    removed) get 0.0 and stay out of their group's mean and standard deviation; their raw reward, which is only logged,
+    failed) get 0.0 and stay out of their group's mean and standard deviation; their raw reward, which is only logged,
     is the mean of the others, so that what broke does not count as failed. Raises RuntimeError when no episode can run
     (see `refuse_lost`).
     """
@@ -133,8 +134,10 @@ def tau2_reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[fl
 
 
 def is_episode(sample: Any) -> bool:
-    """Whether the sample holds an episode that can be trained on and counted."""
-    return not sample.remove_sample and sample.status is not type(sample).Status.ABORTED
+    """Whether the sample holds an episode that can be counted. One that --rollout-sample-filter-path keeps out of the
+    loss (`remove_sample`) does: it has its place in its group's mean and deviation, as slime says of that flag."""
+    status = type(sample).Status
+    return sample.status not in (status.ABORTED, status.FAILED)
 
 
 def _normalise(args: Any, samples: Sequence[Any], shaped: list[float]) -> list[float]:
@@ -358,10 +361,10 @@ def _hand_over(args: Any, rollout_id: int, extra: dict | None, metrics: dict, st
         return
     logger.info("%s %d: %s", step_key.split("/")[0], rollout_id, metrics)
     if metrics and importlib.util.find_spec("slime") and hasattr(args, "use_wandb"):
-        from slime.observability import logging_utils
-        from slime.observability.metric_utils import compute_rollout_step
-
-        logging_utils.log(args, {**metrics, step_key: compute_rollout_step(args, rollout_id)}, step_key=step_key)
+        home = "slime.observability" if importlib.util.find_spec("slime.observability") else "slime.utils"  # v0.3.1
+        log = importlib.import_module(f"{home}.logging_utils").log
+        step = importlib.import_module(f"{home}.metric_utils").compute_rollout_step(args, rollout_id)
+        log(args, {**metrics, step_key: step}, step_key=step_key)
 
 
 def episode_metrics(args: Any, samples: Iterable[Any]) -> dict[str, float]:
