@@ -295,6 +295,9 @@ print(code, "litellm" in sys.modules, "tau2" in sys.modules)
         {"azure_ad_token": "x"},
         {"api_base": "http://me:pass@host/v1"},
         {"api_base": f"http://host/v1?key={KEY}"},
+        {"api_base": f"http://host/v1?api-version=1&code={KEY[3:]}"},
+        {"extra_headers": [{"Authorization": "Basic abc"}]},
+        {"fallbacks": ["http://me:pass@host/v1"]},
         {"user": KEY},
     ],
 )

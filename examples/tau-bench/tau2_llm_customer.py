@@ -25,7 +25,6 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
-from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +54,7 @@ _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)(_ID)?$", re.IGNORECA
 _SECRET_LOOKS = re.compile(
     r"\bbearer\s+[^\s\"',}]+|(?<=[?&]key=)[^\s&\"']+|\bsk-[\w*-]{6,}|\bAIza[\w*-]{6,}", re.IGNORECASE
 )
+_ADDRESS_WITH_MORE = re.compile(r"://[^/\s]*@|://\S*\?")  # a user or a query, in which keys are handed over
 _NO_CONNECTION = re.compile(r"connection (error|refused|reset)|name or service not known", re.IGNORECASE)
 SHORTEST_SECRET = 8  # characters; a shorter value of a variable is no key, and is not masked
 
@@ -161,10 +161,11 @@ def _secret_argument(args: dict[str, Any]) -> str:
     for name, value in args.items():
         if _SECRET_ARGUMENT.search(name):
             return name
-        if isinstance(value, dict) and (inner := _secret_argument(value)):
-            return f"{name}.{inner}"
-        if isinstance(value, str) and (mask(value) != value or ("://" in value and urlsplit(value).username)):
-            return name
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict) and (inner := _secret_argument(item)):
+                return f"{name}.{inner}"
+            if isinstance(item, str) and (mask(item) != item or _ADDRESS_WITH_MORE.search(item)):
+                return name
     return ""
 
 
