@@ -91,7 +91,7 @@ def test_numbers_stand_with_what_they_were_measured_with(report, runs):
     assert "pass@2 at least one of 2" in text and "95 % intervals" in text
     for condition in (
         f"floor {found['floor_always_transfer']:.3f}",
-        "customer: scripted version 1",
+        "customer: scripted version 2",
         "short prompt",
         "seed 300",
         "9 telecom test tasks",
@@ -165,7 +165,7 @@ def test_the_model_of_a_chat_agent_is_named(report, runs):
 
 def test_runs_with_another_customer_are_marked(report, runs):
     html = report({**runs, "grpo": {**runs["grpo"], "customer": {"kind": "llm", "model": "gpt-4.1"}}})
-    assert "Not the same measurement: the runs differ in customer (scripted version 1 / llm model gpt-4.1)" in text_of(
+    assert "Not the same measurement: the runs differ in customer (scripted version 2 / llm model gpt-4.1)" in text_of(
         html
     )
     assert "Not the same measurement" not in report(runs)

@@ -7,8 +7,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import wordings
 
+import tau2_conditions
 import tau2_phone
+import tau2_topics
 import tau2_understanding
 import tau2_users
 from tau2_domains import load_tasks
@@ -104,7 +107,9 @@ def test_the_teacher_reads_only_the_dialogue():
 def test_the_customer_reads_only_its_scenario():
     task = load_tasks("telecom", "test")[0]
     assert ScriptedCustomer(task.user_scenario).scenario.phone == "555-123-2002"
-    source = "".join(map(inspect.getsource, (tau2_users, tau2_understanding, tau2_phone)))
+    source = "".join(
+        map(inspect.getsource, (tau2_users, tau2_understanding, tau2_conditions, tau2_topics, tau2_phone))
+    )
     assert "evaluation_criteria" not in source and "initialization_actions" not in source
 
 
@@ -167,6 +172,61 @@ def test_wordings(text):
     assert [request.key for request in parse(text)] == WORDINGS[text]
 
 
+@pytest.mark.parametrize("text", wordings.WORDINGS)
+def test_more_wordings(text):
+    assert ", ".join(f"{r.topic} {r.action}" for r in parse(text)) == wordings.WORDINGS[text]
+
+
+# An agent that says the same as the teacher in other words gets the same done.
+_PLEASE = r"^Please (.+)\.$"
+VARIANTS = {
+    "refuel": [
+        (r"May I refuel 2 GB for (\S+)\?", r"I can refuel 2.0 GB for a total of \1. Would you like me to proceed?")
+    ],
+    "refuel_price": [
+        (r"May I refuel 2 GB for \S+\?", "Would you like to add 2.0 GB of data at $2.00 per GB to your line?"),
+    ],
+    "approve": [(r"Please check it and pay it\.", "Please check for the payment request and approve it.")],
+    "review": [
+        (
+            r"I sent a payment request of (\S+)\. Please check it and pay it\.",
+            r"I have sent you a payment request of \1. Please review it and let me know once you've made the payment.",
+        )
+    ],
+    "polite": [
+        (r"turn airplane mode off", "make sure that airplane mode is off"),
+        (r"turn (mobile data|roaming) on", r"make sure that \1 is turned on"),
+        (r"turn (Data Saver|Wi-Fi calling) off", r"make sure that \1 is turned off"),
+        (_PLEASE, r"Can you please \1?"),
+    ],
+    "negated": [
+        (r"turn airplane mode off", "make sure airplane mode is not on"),
+        (r"turn (Data Saver|Wi-Fi calling) off", r"make sure \1 isn't enabled"),
+        (r"turn (mobile data|roaming) on", r"ensure \1 is not disabled"),
+    ],
+    "need": [(_PLEASE, r"We need to \1.")],
+    "conditional": [
+        (r"turn airplane mode off", "turn airplane mode off if it is on"),
+        (r"turn (mobile data|roaming) on", r"turn \1 on if it's off"),
+        (r"disconnect the VPN", "disconnect the VPN if it is connected"),
+        (r"set network mode to 5G", "change the network mode to 4G/5G if it is set to 2G or 3G"),
+        (r"re-seat your SIM card", "re-seat your SIM card if it is missing"),
+    ],
+    "list": [(_PLEASE, r"Please do the following: \1."), (r"(?<=[:,]) (then )?", r"\n- ")],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_teacher_of_other_words_solves_every_task(variant):
+    def make():
+        teacher = ScriptedTeacher()
+        teacher.wording = VARIANTS[variant]
+        return teacher
+
+    episodes = asyncio.run(run_split(make, "test", SHORT))
+    assert [e.task_id for e in episodes if not e.solved] == []
+
+
 LONG = 100_000  # characters
 SAID_ON_AND_ON = [
     " ",
@@ -202,6 +262,8 @@ SAID_ON_AND_ON += [
     "remove the sim ",
     "change the ",
 ]
+SAID_ON_AND_ON += ["before you, ", "make sure ", "turn and ", "unless ", "if on turn ", "once you have turned ", "**"]
+SAID_ON_AND_ON += ["proceed with ", "how much data ", "take your sim out ", "would you like ", "\n- turn ", "vpn can "]
 SAID_ON_AND_ON += ["work ", "<tool_call>", "{" * (LONG // 2) + "}" * (LONG // 2)]
 
 
@@ -278,6 +340,101 @@ def test_a_condition_on_the_outcome_is_tried_in_between():
         "Restart your phone. If there is still no signal, reset your APN settings and restart.",
     )
     assert done.count("reboot_device") == 2 and said[0].endswith("###STOP###")
+
+
+def test_a_condition_on_the_state_is_decided_after_the_changes_before_it():
+    said, done, _ = dialogue(
+        ("[mobile_data_issue]airplane_mode_on|data_mode_off[",),
+        "Please turn off airplane mode. If your signal comes back, turn on mobile data and run a speed test.",
+    )
+    assert done.count("toggle_data") == 1 and said[0].endswith("###STOP###")
+
+
+@pytest.mark.parametrize(
+    "text, toggled",
+    [
+        ("Could you please check if data roaming is enabled on your phone, and turn it on if it is off?", True),
+        ("Is data roaming on? If not, please turn it on.", True),
+        ("Please check whether data roaming is on, and if so, turn it off.", False),
+        ("If the VPN is connected, disconnect it; otherwise, turn on data roaming.", True),
+        ("If the VPN is off, run a speed test; otherwise, turn on data roaming.", False),
+        ("If your network mode is set to 3G or lower, turn on data roaming.", False),
+        ("Turn off data roaming unless you are abroad.", False),
+        ("If MMS doesn't work, turn on data roaming.", True),
+        ("If your SIM card is missing, turn on data roaming.", False),
+    ],
+)
+def test_what_a_condition_hangs_on(text, toggled):
+    _, done, _ = dialogue(("[mms_issue]break_app_sms_permission|user_abroad_roaming_enabled_off[",), text)
+    assert ("toggle_roaming" in done) == toggled
+
+
+def test_the_same_act_under_two_conditions_is_two_acts():
+    text = "If your SIM card is missing, restart your phone. If the MMSC URL is not set, restart your phone."
+    _, done, _ = dialogue(("[mms_issue]break_apn_mms_setting|user_abroad_roaming_disabled_on[",), text)
+    assert done.count("reboot_device") == 1
+
+
+def test_a_test_after_a_change_is_made_again():
+    text = "Run a speed test. Turn off Data Saver. Run a speed test."
+    said, done, _ = dialogue(("[mobile_data_issue]data_saver_mode_on[",), text)
+    assert done.count("run_speed_test") == 2 and said[0].endswith("###STOP###")
+
+
+def test_each_of_two_conditions_has_its_own_act():
+    said, done, _ = dialogue(
+        ("[mobile_data_issue]data_saver_mode_on[",),
+        "Can you please turn off Data Saver if it is enabled, and disconnect the VPN if it is connected?",
+    )
+    assert "toggle_data_saver_mode" in done and "disconnect_vpn" not in done and said[0] == "Done, VPN is off."
+
+
+@pytest.mark.parametrize("shown", ["3G or 2G", "3G or lower", "2G only", "anything other than 4G or 5G"])
+def test_every_network_mode_of_a_condition_counts(shown):
+    text = f"If your network mode is set to {shown}, please change it to 4G/5G."
+    _, done, _ = dialogue(("[mobile_data_issue]bad_network_preference[",), text)
+    assert "set_network_mode_preference" in done
+
+
+def test_reports_do_not_contradict_themselves():
+    said, _, _ = dialogue(
+        ("[mobile_data_issue]data_mode_off|user_abroad_roaming_enabled_off[",),
+        "Please make sure roaming is on. If roaming is off, turn it on. Please turn roaming on.",
+    )
+    assert "already" not in said[0]
+    said, _, _ = dialogue(
+        ("[service_issue]airplane_mode_on|unseat_sim_card[",),
+        "If you have a signal, run a speed test. Turn airplane mode off and re-seat your SIM card.",
+    )
+    assert "no signal" not in said[0]
+
+
+def test_an_offer_is_answered_when_consent_is_asked_a_message_later():
+    said, done, _ = dialogue(
+        ("[mobile_data_issue]data_usage_exceeded[",),
+        "I can refuel 2.0 GB of data for $4.00.",
+        "Shall I go ahead?",
+        "I'll enable roaming on your line. Is that okay?",
+    )
+    assert said[:2] == ["Yes, please refuel 2 GB."] * 2 and done == []
+    said, _, _ = dialogue(
+        ("[mobile_data_issue]data_usage_exceeded[",), "Would you like to change your plan?", "Do you confirm?"
+    )
+    assert said == ["I don't want to change my plan."] * 2
+
+
+def test_questions_about_what_was_done_do_nothing():
+    said, done, _ = dialogue(
+        ("[service_issue]break_apn_settings[",), "Have you restarted your phone?", "Did you turn on airplane mode?"
+    )
+    assert said == ["I haven't restarted the phone yet.", "Airplane mode is off."] and "reboot_device" not in done
+
+
+def test_only_a_transfer_that_takes_place_is_one():
+    (said,), _, _ = dialogue(("[service_issue]unseat_sim_card[",), "You are not being transferred. Check your SIM.")
+    assert said == "SIM is missing."
+    (said,), _, _ = dialogue(("[service_issue]unseat_sim_card[",), "YOU ARE BEING TRANSFERRED TO A HUMAN AGENT.")
+    assert said == "###TRANSFER###"
 
 
 def test_off_and_on_again_ends_on():

@@ -66,6 +66,7 @@ def action_calls(topic: str, text: str) -> list[Call]:
 
 
 def _wanted_mode(text: str) -> str:
+    text = re.sub(r"\b(from|instead of|rather than|not|is) ([23]g( only)?( or | ?/ ?|, )?)+", " ", text)
     named = set(re.findall(r"\b([2-5])g\b", text))
     if named and named <= {"2", "3"}:
         return f"{max(named)}g_only"

@@ -2,73 +2,27 @@
 
     parse("Please turn off airplane mode, then restart your phone.")   airplane off, restart
 
-A library, used by tau2_users.py. It sees one message of the agent, nothing of the task or the phone.
+Who is unsure looks and answers: only what is clearly asked for changes the phone. A library, used by tau2_users.py. It
+sees one message of the agent, nothing of the task or the phone. Topics are in tau2_topics.py, "if" in
+tau2_conditions.py.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from tau2_conditions import LED_BY, VERB, spelled_out, split
+from tau2_topics import OFFERS, TOGGLES, find_topics, fits, state, without_places, without_topics
 
 LONGEST_HEARD = 10_000  # characters of one message; some wordings below take time with its square
-# Topic -> wording. Where two match at one place the earlier in this list wins.
-_TOPICS = {
-    "identity": r"\b(full name|your name|phone number|date of birth|customer id|who am i speaking)\b",
-    "payment": r"\bpayment requests?\b|\bpay(ment|ments|ing)?\b|\bbills?\b",
-    "refuel": (
-        r"\brefuel\w*|\btop[- ]?up\b|\b(add|buy|purchase)\b[^.?!]*\b(gb|data)\b|\b(more|extra|additional) data\b"
-    ),
-    "plan": r"\b(change|switch|upgrade|another|different|new|higher)\b[^.,?!]*\bplans?\b",
-    "airplane": r"\b(air ?plane|aeroplane|flight)[- ]?mode\b",
-    "wifi_calling": r"\bwi-?fi[- ]calling\b",
-    "wifi": r"\bwi-?fi\b",
-    "roaming": r"\b(mobile |cellular )?(data )?roaming\b",
-    "saver": r"\bdata[- ]?sav(er|ing)( mode)?\b|\bdata restrictions?\b|\blow data mode\b",
-    "vpn": r"\bvpn\b|\bvirtual private network\b",
-    "network": (
-        r"\bnetwork status\b|\b(connection|cellular) status\b|\bnetwork connection\b"
-        r"|\bcellular (service|connection)\b|\bconnection to the (cellular )?network\b"
-    ),
-    "mode": (
-        r"\b(network|cellular) (mode|type|technology)( preference)?\b|\bnetwork preference\b"
-        r"|\bpreferred network\w*( type)?|\btype of (cellular |mobile )?network\b|\b[2-5]g\b|\blte\b"
-    ),
-    "apn": r"\bapns?\b( settings?)?|\baccess point( name)?s?\b|\bmmsc\b( url)?",
-    "permissions": r"\bpermissions?\b|\bstorage\b|\bsms\b",
-    "speed": r"\bspeed ?-?tests?\b|\binternet speed\b|\btest (your|the) (\w+ )?(speed|connection)\b|\bhow fast\b",
-    "mms": (
-        r"\bmms\b|\b(picture|multimedia|photo|group) messag\w+"
-        r"|\bsend(ing)?( me)? (a |an )?(test )?(picture|photo|image)\b"
-    ),
-    "restart": r"\b(restart|reboot|power[- ]?cycle)\w*",
-    "sim": r"\bsim\b( card)?",
-    "status_bar": (
-        r"\bstatus bar\b|\bsignal\b|\bbars\b|\b(have|has|get|getting|any|no|is|see|your|phone|cell) service\b"
-    ),
-    "data": (
-        r"\b(mobile|cellular|cell|your|the) data\b(?! (usage|plan|limit|speed))"
-        r"|\bdata (connection|is|on|off|switch)\b|(?<=turn on )data\b|(?<=turn off )data\b|(?<=enable )data\b"
-    ),
-    "apps": r"\b(installed apps|which apps|list of apps)\b",
-    "abroad": (
-        r"\babroad\b|\btravel+ing\b|\boverseas\b|\boutside (of )?(your|the|home)\b|\bwhere are you\b|\blocation\b"
-    ),
-    "resolved": (
-        r"\b(working|work|works|fixed|resolved|solved|restored|better)\b[^.!]*\bnow\b|\bnow (working|fixed|resolved)\b"
-        r"|\b(issue|problem)\b[^.!]*\b(fixed|resolved|solved|persists?)\b|\banything else\b"
-        r"|\bshould (now )?(be |have )?(work\w*|restored|fixed|back|fine)\b"
-        r"|\bdid (that|it) (help|work)\b|\b(is|does) (it|that|everything) work(ing)?\b"
-    ),
-}
-_TOPIC_PATTERNS = {topic: re.compile(pattern) for topic, pattern in _TOPICS.items()}
-TOGGLES = ("airplane", "data", "roaming", "saver", "vpn", "wifi", "wifi_calling")
+REMEMBERED = 3  # sentences back, for what "it" stands for
+FARTHEST = 12  # clauses from a verb to the end of its list
 
 # Wordings that span several clauses, brought to one phrase before the text is cut into clauses.
 _PHONE = r"(your |the )?(phone|device|handset|it)"
 _BACK_ON = r",?( and| then)+( turn| switch| power)?( it)?( back)? on( again)?"
-_BACK_IN = r"(re-?insert\w*|(put|plac|insert)\w*( it)?( back| again)?( in\b)?( again)?)"
+_BACK_IN = r"(re-?insert\w*|(put|pop|plac|insert)\w*( it)?( back| again)?( in\b)?( again)?)"
 _PHRASES = [
     (rf"\b(turn|switch|power)(ing)? {_PHONE}( completely)? off{_BACK_ON}", "restart"),
     (rf"\b(turn|switch|power)(ing)? off {_PHONE}{_BACK_ON}", "restart"),
@@ -79,37 +33,169 @@ _PHRASES = [
     (rf"\b(take|taking|pull\w*|pop\w*) (your |the )?sim( card)? out[^.;]*?\b{_BACK_IN}", "reseat sim"),
     (r"\boff,?( and| then)+( back)? on\b( again)?", "off, turn it on"),
     (r"\bon,?( and| then)+( back)? off\b( again)?", "on, turn it off"),
+    (
+        r"\b(i'd|i would|we'd|we would) (really )?appreciate it if you (could|would)\b"
+        r"|\bit would (be \w+|help) if you (could|would)\b|\bwondering if you (could|would)\b",
+        "please",
+    ),
+    (
+        r"\b(is|would) (it|that) (be )?(ok|okay|alright|all right|fine)( with you)? if (i|we)\b|\bdo you mind if i\b"
+        r"|\bdo i have your (permission|consent|approval|authori[sz]ation) to\b",
+        "may i",
+    ),
+    (r"\b(don't|do not|never) forget to\b|\bwhy don't (you|we)\b", "please"),
+    # "Once you have turned it off, ..." asks to turn it off.
+    (
+        r"\b(once|after|when|as soon as) you('ve| have)( already| successfully)?"
+        r" (turn|switch|restart|reboot|reset|disable|enable|toggle|activate|deactivate|disconnect|connect)(ed|d)?\b",
+        r"\1 you \4",
+    ),
+    # "Before" puts the second thing first; what is before something that the agent does is not asked for.
+    (r"\bbefore (we|i)\b[^,.?!;]*", " "),
+    (r"(^|[.?!;] )before ((you )?[^,.?!;]+), ([^.?!;]+)", r"\1\4, then \2"),
+    (r"\bbefore (?=you \w+|\w+ing\b)", ", then "),
 ]
-_RESEAT = re.compile(
-    r"\bre-?seat\w*|\bre-?insert\w*|\bremov\w+|\btake out\b|\bput\b.*\bback\b|\beject\w*|\bre-?install\w*"
-)
-_GRANT = re.compile(r"\b(grant|allow|give|add|approve)\w*")
-_RESET = re.compile(r"\b(re-?set|restore)\w*|\bto default\b")
-_PAY = re.compile(r"\bpay\b|\b(make|accept|complete|approve|authori[sz]e)\w*\b.*\bpayment\b|\bmake it\b|\baccept it\b")
-_SET = re.compile(r"\b(set|change|switch|select|choose|use|put|update|move)\b")
-_CHECK = re.compile(
-    r"\b(check|look|see|tell|show|verify|confirm|view|report|read|test|run|re-?run|try|retry|send|let me know)\b"
-)
+_LINE = re.compile(r"([.;]?)\n(\d+[.)]|[-•*#]+)?\s*")
+_NEW_ACT = re.compile(rf"{LED_BY}(if\b|check\b|tell\b|make sure\b|ensure\b|{VERB})")
+_LEAD = r"^(so|but|and|now|first|okay|ok|next|then|finally|great|alright|also|here|please|well|\s)*\b"
 _ASKS_WHETHER = re.compile(
-    r"\b(check|see|verify|confirm|tell me|know|ask|wondering) (if|whether|that)\b|\bwhether\b|\bdouble[- ]check\b"
+    r"\b(check|see|verify|confirm|tell me|know|ask|wondering|determine|find out|show me|share|provide)"
+    r" (if|whether|that|what|which|how|where)\b|\bwhether\b|\bdouble[- ]check\b"
 )
-_WANTS_STATE = re.compile(r"\b(make sure|ensure|should be|must be|needs? to be|has to be|be set|keep|leave)\b")
-_TURN = re.compile(r"\b(turn|turning|switch|switching|toggle|flip|put|set|enable|disable|activate|deactivate)\b")
-_OFF = re.compile(r"\b(disable|deactivate|disconnect|exit|quit)\w*|\bstop using\b")
-_ON = re.compile(r"\b(enable|activate|connect)\b|\breconnect\b")
-_IS_IT = re.compile(r"\b(is|are|isn't|do you have|does)\b")
-_NEVER = re.compile(r"\b(don't|do not|never|no need to|avoid|without)\b")
-_FIRST_PERSON = re.compile(r"^(so |but |now |first |okay |ok )*(i|we|i'm|i've|i'll|we've|we'll|i'd|let me)\b")
-_TO_YOU = re.compile(r"\b(you to|please|can we|could we|shall we)\b|\?")
-_PRONOUN = re.compile(r"\b(it|that|this|them|those|both|these)\b")
+_QUESTION = re.compile(
+    _LEAD + r"(is|are|isn't|aren't|am|do|does|did|don't|have|has|had|was|were|what|what's|which|who|when|where|why"
+    r"|how)\b(?! (about|don't you|not)\b)(?! you (want|wish|agree|mind|authori[sz]e|consent|willing|happy|okay|ok)\b)"
+)
+_POLITE = re.compile(r"\b(please|(can|could|would|will|should) (you|we)|shall we|let's|kindly|do you mind)\b")
+_WANTS_STATE = re.compile(
+    r"\b(make sure|making sure|ensure|ensuring|should (not |now )?be|shouldn't be|must (not )?be|needs? to be"
+    r"|(has|have) to be|be set|keep|leave)\b"
+)
+_IS_IT = re.compile(r"\b(is|are|was|were|isn't|aren't|be|been|do you have|does|(you|they)'re)\b")
+_NEVER = re.compile(
+    r"\b(don't|do not|(should|must|can)(n't| not)|can't|cannot|never|not to|no need to|need not|needn't|avoid)\b"
+)
+_FIRST_PERSON = re.compile(
+    _LEAD + r"(i|we|i'm|i've|i'll|i'd|we've|we'll|we'd|we're|let me (?!know)|allow me|thanks?|thank you)\b"
+)
+# A first person that will do something: "I'll look and turn roaming on" is one sentence about the agent.
+_WILL = re.compile(r"\b(i|we)('ll| will| can| could| am| are| need| want|'m|'re|'d)\b|\blet me\b|\ballow me\b")
+_TO_YOU = re.compile(
+    r"\b(you to|please|can we|could we|shall we)\b|\?|\b(may|can|could) i (have|get|ask|know)\b"
+    r"|\bwe('ll| will)?( also| now| just| first)? (need to|have to|want to|should|must|can try|could try)\b"
+    r"|\b(i|we)('d| would)?( also| strongly| highly)* (suggest|recommend|advise|propose|ask)\b"
+    r"|\b(i|we)('ll| will)?( also)? need your\b"
+)
+_OUR_SIDE = re.compile(
+    r"\b(on|for|to) your (line|account)\b|\b(on|from) (my|our) (end|side)\b|\bin (the|our) system\b"
+)
+_ASIDES = re.compile(
+    r"\b(while|until|as|because|so that|so|after) (i|we)\b.*|\bwithout\b.*|\b(instead of|rather than)\b.*"
+)
+_PASSIVE = re.compile(
+    r"\b(has|have) (now |already |just )?been\b"
+    r"|\b(is|are|was|were) (now |already )?(reset|granted|restored|paid|approved)\b"
+)
+_ONCE = re.compile(r"\b(once|when|after|as soon as)\b")
+_SUBJECT = re.compile(
+    r"\b(can|may|might|could|will|would|does)\b(?!'t| you\b| we\b)"
+    r"|\b(lets|allows|enables|helps|makes|means|requires|restricts)\b"
+)  # "a VPN can turn ... off"
+_IT = re.compile(_LEAD + r"(it|this|that|they|these|those|which) ")
+_GERUND = re.compile(
+    _LEAD + r"(turn|switch|disabl|enabl|disconnect|connect|restart|reboot|resett|re-?seat|remov|grant|chang|toggl"
+    r"|deactivat|activat|sett|putt|keep|leav)ing\b"
+)
+
+_RESEAT = re.compile(
+    r"\bre-?seat\w*|\bre-?insert\w*|\bremov(e|ing)\b|\b(take|taking)( it)? out\b(?! of (air|flight))"
+    r"|\bput\b.*\bback\b|\beject\w*|\bre-?install\w*"
+)
+_GRANT = re.compile(r"\b(grant|allow|give|add)\w*")
+_RESET = re.compile(r"\b(re-?set|restore)\w*|\bto default\b")
+_PAY = re.compile(
+    r"\bpay(ing)?\b|\b(make|making|complet\w*|submit\w*|process\w*|proceed\w* with|go ahead with|settle)\b"
+    r".*\bpayment\b"
+    r"|\bmake it\b|\b(once|when|after|as soon as)\b.*\b(paid|(made|completed) (the|your) payment"
+    r"|payment (is|has been) (made|complete\w*))\b"
+)
+_APPROVE = re.compile(r"\b(accept|approv|authori[sz])\w*")
+_RESTART = re.compile(r"\b(restart|reboot|power[- ]?cycle)\w*")
+_RESTART_HELPS = re.compile(r"\b(restart|reboot)\w*\b.*\b(help|fix|solve|resolve|work)")
+_OFF = re.compile(
+    r"\b(disabl|deactivat)(e|ing)\b|\bdisconnect(ing)?\b|\b(exit|quit)(ing|ting)?\b|\bstop using\b"
+    r"|\bout of (air|flight)"
+)
+_ON = re.compile(r"\b(re-?)?(enabl|activat)(e|ing)\b|\b(re-?)?connect(ing)?\b|\bput\b.*\b(in|into) (air|flight)")
+_TURN = re.compile(r"\b(turn|switch|toggl|flip|put)(e|ing|ting)?\b")
+_TURN_WAY = re.compile(
+    r"\b(turn|switch|toggle|flip|put|power|leave|keep)\w*( it| them| that| this)?( back)? (on|off)\b"
+)
+_WAY = re.compile(r"\b(on|off)\b")
+_SMALL_WORDS = re.compile(r"(\b(on|off|the|your|both|back|again|now|please|also|too|mode|switch|settings?)\b|\W)*")
+_NAMED_PERMISSION = re.compile(r"\bstorage\b|\bsms\b")
+_NAMED_MODE = re.compile(r"\b[2-5]g\b|\blte\b")
+_SET = re.compile(
+    r"(?<!is )(?<!are )(?<!be )(?<!been )(?<!'s )(?<!currently )(?<!already )"
+    r"\b(set|chang(e|ing)|select(ing)?|choos(e|ing)|us(e|ing)|put|swap|updat(e|ing)|mov(e|ing)"
+    r"|setting (?=(your|the|it)\b))\b"
+)
+_CHECK = re.compile(
+    r"\b(check|look|see|tell|show|verify|confirm|view|review|report|read|test|run|re-?run|try|retry|send|let me know"
+    r"|need your|checking|running|trying|testing|sending|rerunning|verifying)\b"
+)
+_PRONOUN = re.compile(r"\b(it|that|this|them|those|both|these|the (switch|toggle|slider|feature))\b")
+_PLURAL = re.compile(r"\b(them|those|both|these)\b")
+_BARE_CHECK = re.compile(r"\b(check|look|verify|confirm)( (again|now|please|for me))?\W*$")
+_IS_DONE = re.compile(r"\b(done|finished|completed?|ready)\b")
+
+_VERBS = (
+    ("reseat", _RESEAT),
+    ("pay", _PAY),
+    ("approve", _APPROVE),
+    ("grant", _GRANT),
+    ("reset", _RESET),
+    ("restart", _RESTART),
+    ("off", _OFF),
+    ("on", _ON),
+)
+_DONE_TO = {
+    "sim": ("reseat",),
+    "apn": ("reset",),
+    "permissions": ("grant", "on", "set", "approve"),
+    "mode": ("set", "turn", "reset"),
+    "payment": ("pay", "approve"),
+}
+_TESTS = (("speed", "check"), ("mms", "check"), ("status_bar", "check"), ("network", "check"), ("resolved", "check"))
+
+_OFFERS_ITSELF = re.compile(
+    _LEAD + r"((shall|should|may|can|could) i\b(?! (have|get|ask|know|see|check|confirm|verify))|may we\b)"
+    r"|\b(like|want|authori[sz]e|okay for|ok for|fine for) me to\b"
+)
+_MAY_BE_HAD = re.compile(rf"{_FIRST_PERSON.pattern}|\byou (can|could|may|might)\b")
+_MAY = re.compile(r"\b(can|could|able to|happy to)\b(?!'t)")
+_CONSENT = re.compile(
+    r"\b(shall|should|may) (i|we)\b|\b(like|want|authori[sz]e) me to\b|\b(would|do) you (like|want|prefer|wish)\b"
+    r"|\bdo you (confirm|agree|accept|consent|approve|authori[sz]e)\b"
+    r"|^(are you )?ready\b|\bcan you confirm\b|\bare you (ok|okay|happy|willing)\b"
+    r"|\b(is|would|does) (that|this|it) (be )?(ok|okay|alright|all right|fine|acceptable|sound)\b"
+    r"|\bcan i (proceed|go ahead)\b"
+    r"|\bplease confirm (to|so|if you|whether you|that you|your (consent|approval))\b"
+    r"|\bhow would you like to proceed\b"
+)
+_NEGATED_TRANSFER = r"(?<!not )(?<!n't )(?<!never )(?<!avoid )(?<!without )(?<!before )(?<!of )(?<!than )"
 TRANSFERRED = re.compile(
-    r"being transferred|have been transferred|(am|are|i'm|we're) transferring you|transferring you (now )?to"
+    rf"{_NEGATED_TRANSFER}(being transferred|have been transferred|(am|are|i'm|we're) transferring you"
+    r"|transferring you (now )?to)"
 )
 
 
 @dataclass
 class Request:
-    """One thing asked of the customer: a topic, what to do with it ("check", "on", "off" or "do"), and a condition."""
+    """One thing asked of the customer: a topic, what to do with it, and a condition.
+
+    What to do is "check", "on", "off", "do", or "agree" to pay later. Topic "consent": a yes to what was offered.
+    """
 
     topic: str
     action: str
@@ -121,20 +207,61 @@ class Request:
         return self.topic, self.action
 
 
+@dataclass
+class _Mention:
+    """A topic that "it" may stand for, with what was said of it."""
+
+    topic: str
+    state: str
+    text: str
+
+
+@dataclass
+class _Heard:
+    """What the sentences so far have left behind for the next."""
+
+    recent: list[list[_Mention]] = field(default_factory=list)  # of each sentence, the last one's first
+    offered: tuple[str, ...] = ()
+    asked: str = ""  # the last question, which "if so" takes up
+
+    def mention(self, mentions: list[_Mention]) -> None:
+        if mentions:
+            self.recent = [mentions, *self.recent[:REMEMBERED]]
+
+
 def parse(text: str) -> list[Request]:
     """The requests in an agent's message, in its order. Text that asks for nothing gives an empty list."""
     found: list[Request] = []
-    recent: Sequence[str] = ()  # topics that "it" or "them" may stand for
+    heard = _Heard()
     for sentence in _sentences(_spoken(text)[:LONGEST_HEARD]):
-        condition, act = _split_condition(sentence)
-        if condition:
-            recent = find_topics(condition) or recent
-        requests, recent = _parse_sentence(act, recent)
-        for request in requests:
-            request.condition = condition
-            if all(request.key != other.key or request.text != other.text for other in found):
-                found.append(request)
+        for condition, act in split(sentence):
+            condition = _hear_condition(condition, heard)
+            requests = _parse_act(act, heard)
+            if not requests:  # "if your SIM card is locked, let me know": the answer is said either way
+                requests, condition = _told(condition, act), ""
+            for request in requests:
+                request.condition = condition
+            found += requests
     return _merged(found)
+
+
+def _told(condition: str, act: str) -> list[Request]:
+    """What is looked at for an act that is nothing but telling whether the condition holds."""
+    if not re.search(r"\b(let me know|tell me)\b", act):
+        return []
+    return [Request(topic, "check", condition) for topic in find_topics(condition)]
+
+
+def _hear_condition(condition: str, heard: _Heard) -> str:
+    if condition:
+        condition = spelled_out(condition, heard.asked, [[m.topic for m in mentions] for mentions in heard.recent])
+        heard.mention(_mentions(condition, condition))
+        heard.asked = condition
+    return condition
+
+
+def _mentions(clause: str, of: str) -> list[_Mention]:
+    return [_Mention(topic, state(of), clause) for topic in find_topics(clause)]
 
 
 def _spoken(text: str) -> str:
@@ -160,137 +287,234 @@ def _without_braces(text: str) -> str:
 
 
 def _sentences(text: str) -> list[str]:
-    text = re.sub(r"[’`]", "'", text.lower())
-    # First, so that the next pattern looks at a run of newlines once and not from each of them.
-    text = re.sub(r"\n\s*", "\n", "\n" + text)
-    text = re.sub(r"\n(\d+[.)]|[-*•])\s*", ", ", text)
-    text = re.sub(r"[()\"“”*]", " , ", text)
-    text = re.sub(r"\s+", " ", text.replace("–", "-").replace("—", ", "))
+    text = re.sub(r"[’`]", "'", text.lower()).replace("**", "")
+    # Whitespace first, so that the next pattern looks at a run of newlines once and not from each of them.
+    text = re.sub(r" ?\n\s*", "\n", re.sub(r"[^\S\n]+", " ", "\n" + text))
+    text = _LINE.sub(_line_end, text)
+    text = re.sub(r"[()*]", " , ", re.sub(r"[\"“”]", " ", text))
+    text = re.sub(r"\s+", " ", text.replace("–", "-").replace("—", ", ")).strip(" ,.")
     for pattern, phrase in _PHRASES:
         text = re.sub(pattern, phrase, text)
     sentences = re.findall(r"[^.!?;]*(?:\.(?=\S)[^.!?;]*)*[.!?;]?", text)
-    pieces = [piece for s in sentences for piece in re.split(r",\s*(?:and |but )?(?=if\b)|\band (?=if\b)", s)]
-    return [piece.strip(" ,") for piece in pieces if piece.strip(" ,.!;")]
+    return [sentence.strip(" ,") for sentence in sentences if sentence.strip(" ,.!;")]
 
 
-def _split_condition(sentence: str) -> tuple[str, str]:
-    """("data saver is on", "turn it off") of "if data saver is on, turn it off" and of "turn it off if ..."."""
-    if _ASKS_WHETHER.search(sentence) or " if " not in f" {sentence}":
-        return "", sentence
-    before, _, after = f" {sentence} ".partition(" if ")
-    if _verb(before) or find_topics(before):
-        return after.strip(" .?"), before.strip()
-    condition, comma, act = after.partition(",")
-    if not comma:
-        condition, _, act = after.partition(" then ") if " then " in after else after.partition(" please ")
-    return condition.strip(), act.strip()
+def _line_end(match: re.Match) -> str:
+    """What a new line is read as: the end of a sentence before an act, else a comma in a list of things."""
+    acts = _NEW_ACT.match(match.string, match.end())
+    return ". " if acts or (match[1] and not match[2]) else ", "
 
 
-def _parse_sentence(sentence: str, recent: Sequence[str]) -> tuple[list[Request], Sequence[str]]:
-    requests: list[Request] = []
-    clauses = re.split(r",|:|\band\b|\bthen\b|\balso\b|\bplus\b|&|\bor\b|\bafterwards\b", sentence)
-    directions = [_direction(clause) for clause in clauses]
-    verb = "check" if sentence.endswith("?") else ""
-    mentioned: list[str] = []
-    wants_state = False  # "make sure that A is off, B is on and C is 5G": each is a wish of its own
-    for index, clause in enumerate(clauses):
+# -- one part of a sentence -------------------------------------------------------------------------------------------
+
+
+def _parse_act(act: str, heard: _Heard) -> list[Request]:
+    topics = find_topics(act)
+    if offer := _answered_offer(act, topics, heard):
+        return offer
+    requests = _Reader(act, heard).read()
+    heard.offered = tuple(topic for topic in topics if topic in OFFERS) or heard.offered
+    return requests
+
+
+def _answered_offer(act: str, topics: tuple[str, ...], heard: _Heard) -> list[Request]:
+    """Requests for an answer to what the agent offers to do itself; [] when it offers nothing."""
+    offered = tuple(topic for topic in topics if topic in OFFERS)
+    itself = _OFFERS_ITSELF.search(act) and act.endswith("?") and "resolved" not in topics
+    statement = _MAY_BE_HAD.search(act) and _MAY.search(act) and set(offered) & {"refuel", "plan"}
+    asks = not topics and _CONSENT.search(act)
+    if not (itself or statement or asks):
+        return []
+    heard.offered = offered or heard.offered
+    actions = [(topic, "agree" if topic == "payment" else "check") for topic in heard.offered]
+    return [Request(topic, action, act) for topic, action in actions or [("consent", "check")]]
+
+
+class _Reader:
+    """Reads a part of a sentence clause by clause; a clause without a verb has that of the clause before."""
+
+    def __init__(self, act: str, heard: _Heard) -> None:
+        self.heard, self.question = heard, act.endswith("?")
+        pieces = re.split(r"(,|:|\band\b|\bthen\b|\balso\b|\bplus\b|&|\bor\b|\bafterwards\b)", act)
+        self.clauses = [_ASIDES.sub(" ", piece) for piece in pieces[::2]]
+        self.joints = ["", *pieces[1::2]]
+        self.own_verbs = [_own_verb(clause) for clause in self.clauses]
+        self.verb = "check" if self.question else ""
+        self.wishes = False  # "make sure that A is off, B is on and C is 5G": each is a wish of its own
+        self.asking = False  # a question about the phone, which changes nothing
+        self.aside = ""  # "never" or "will": neither is over with an "and"
+        self.mentioned: list[_Mention] = []
+
+    def read(self) -> list[Request]:
+        found = []
+        for index, clause in enumerate(self.clauses):
+            if self._says_only(index, clause.strip()):
+                self.verb = ""
+            else:
+                found += self._requests(index, clause)
+            self.mentioned += _mentions(clause, clause)
+        self.heard.mention(self.mentioned)
+        return found
+
+    def _says_only(self, index: int, clause: str) -> bool:
+        """Whether a clause asks for nothing: what the agent does or thanks for, and what is not to be done."""
+        wants = bool(_WANTS_STATE.search(clause))
+        self.wishes = self.wishes or wants
+        if self.aside and self.joints[index] in ("and", "or") and not re.match(r"(please|you|now|just)\b", clause):
+            return True
+        self.aside = ""
+        if _NEVER.search(clause) and not (wants and not self.own_verbs[index]):
+            self.aside = "never"
+            return True
+        if _FIRST_PERSON.search(clause) and (not _TO_YOU.search(clause) or _OUR_SIDE.search(clause)):
+            self.aside = "will" if _WILL.search(clause) else ""
+            return True
+        return not (self.wishes or self.question or _ASKS_WHETHER.search(clause)) and self._describes(clause)
+
+    def _describes(self, clause: str) -> bool:
+        """Whether a clause says what is or what may be: "turning it off can help", "the APN has been reset"."""
+        if _PASSIVE.search(clause) and not _ONCE.search(clause):
+            return True
+        can = _SUBJECT.search(clause)
+        subject = clause[: can.start()] if can and not _POLITE.search(clause) else ""
+        if find_topics(subject) or _IT.match(subject):
+            return True
+        return bool(_GERUND.search(clause)) and not self.verb
+
+    def _requests(self, index: int, clause: str) -> list[Request]:
         topics = find_topics(clause)
-        wants_state = wants_state or bool(_WANTS_STATE.search(clause))
-        if _NEVER.search(clause) or (_FIRST_PERSON.search(clause.strip()) and not _TO_YOU.search(clause)):
-            mentioned += topics
-            verb = ""
-            continue
-        own = _verb(clause)
-        if not own and wants_state and _IS_IT.search(clause):
-            own = directions[index] or "set"
-        if own in ("on", "off") and sentence.endswith("?") and _IS_IT.search(clause):
-            own = "check"
-        if own == "turn":
-            own = next(filter(None, directions[index:]), "on")
-        verb = own or verb
-        if not topics and own and _PRONOUN.search(clause):
-            pool = mentioned or recent
-            topics = pool[-1:] if not re.search(r"\b(them|those|both|these)\b", clause) else pool
-        requests += [
-            Request(topic, _action(topic, verb, clause), clause) for topic in topics if verb or topic == "resolved"
+        own = self._clause_verb(index, clause)
+        self.verb = own or self.verb
+        texts = dict.fromkeys(topics, clause)
+        if not topics and own and self._points_back(own, clause):
+            texts = {m.topic: clause for m in self._meant(own, clause)}
+        if "permissions" in texts and _PRONOUN.search(clause) and not _NAMED_PERMISSION.search(clause):
+            texts["permissions"] += self._which_permissions()
+        if self.asking or _ASKS_WHETHER.search(clause) or _WANTS_STATE.search(clause):
+            self.heard.asked = clause
+        return [
+            Request(topic, _action(topic, self.verb, clause), text)
+            for topic, text in texts.items()
+            if self.verb or topic == "resolved"
         ]
-        mentioned += topics
-    return requests, (mentioned or recent)
+
+    def _which_permissions(self) -> str:
+        mentions = [m for group in (self.mentioned, *self.heard.recent) for m in group if m.topic == "permissions"]
+        return next((f" {m.text}" for m in mentions if _NAMED_PERMISSION.search(m.text)), "")
+
+    def _points_back(self, own: str, clause: str) -> bool:
+        if own == "check":
+            return bool(_BARE_CHECK.search(clause) or (_PRONOUN.search(clause) and not _IS_DONE.search(clause)))
+        return bool(_PRONOUN.search(clause))
+
+    def _meant(self, verb: str, clause: str) -> list[_Mention]:
+        """What "it" or "them" stands for: of the things named last those that the verb can be done to, and of these
+        those in another state. Of several "it" is the first, the sentence's subject."""
+        groups = [[m for m in group if fits(m.topic, verb)] for group in (self.mentioned, *self.heard.recent)]
+        pool = next(filter(None, groups), [])
+        if verb in ("on", "off"):
+            others = [m for m in pool if m.state != verb]
+            pool = [m for m in others if m.state] or others or pool
+        if verb == "on":  # nobody means airplane mode when anything else can be meant
+            pool = [m for m in pool if m.topic != "airplane"] or pool
+        return pool if _PLURAL.search(clause) or any(" or " in m.text for m in pool) else pool[:1]
+
+    def _clause_verb(self, index: int, clause: str) -> str:
+        """The verb of a clause: reseat, grant, reset, pay, approve, restart, off, on, turn (no way said), set, wish
+        (for a state that is neither on nor off), check, or "" for that of the clause before."""
+        if self.question and _QUESTION.search(clause):
+            self.asking = True
+        elif _POLITE.search(clause):
+            self.asking = False
+        wants, is_it = _WANTS_STATE.search(clause), _IS_IT.search(clause)
+        if self.asking or (_ASKS_WHETHER.search(clause) and not _RESTART_HELPS.search(clause)):
+            self.wishes = False
+            return "check"
+        own = self.own_verbs[index]
+        if own and not (self.wishes and is_it and (wants or state(clause))):
+            self.wishes = bool(wants)
+            own = self._way(index) if own == "turn" else own
+            return "check" if own in ("on", "off") and _OUR_SIDE.search(clause) else own
+        if self.wishes and (wants or is_it):
+            return self._wished(index)
+        if _CHECK.search(clause):
+            self.wishes = False
+            return "check"
+        if self.wishes and find_topics(clause):
+            return self._wished(index)
+        bare = _way(clause) if _only_names(clause) else ""
+        return "check" if bare and self.question and self.verb not in ("on", "off", "turn") else bare
+
+    def _way(self, index: int) -> str:
+        """On or off for "turn A, B and C off", which says it at its end; "turn" when nothing does."""
+        for later in range(index, min(index + FARTHEST, len(self.clauses))):
+            if later > index and self.own_verbs[later]:
+                break
+            if way := _way(self.clauses[later]):
+                return way
+        return "turn"
+
+    def _wished(self, index: int) -> str:
+        """On, off or another wish, of "make sure that A is off" and of "make sure that A and B are off"."""
+        if wished := state(self.clauses[index]):
+            return wished
+        if not _IS_IT.search(self.clauses[index]):
+            for later in range(index + 1, min(index + FARTHEST, len(self.clauses))):
+                clause = self.clauses[later]
+                if _IS_IT.search(clause) or not (self.own_verbs[later] or _CHECK.search(clause)):
+                    if wished := state(clause):
+                        return wished
+                else:
+                    break
+        same = find_topics(self.clauses[index])[:1] == tuple(m.topic for m in self.mentioned[-1:])
+        return self.verb if self.verb and same else "wish"  # "has the storage and SMS permissions"
 
 
-@functools.lru_cache(maxsize=1024)  # agents repeat themselves
-def find_topics(text: str) -> tuple[str, ...]:
-    """Topics in the order in which the text names them; a place belongs to one topic only."""
-    places: list[tuple[int, int, str]] = []
-    for topic, pattern in _TOPIC_PATTERNS.items():
-        for match in pattern.finditer(text):
-            if all(match.end() <= start or match.start() >= end for start, end, _ in places):
-                places.append((match.start(), match.end(), topic))
-    return tuple(dict.fromkeys(topic for _, _, topic in sorted(places)))
+def _way(clause: str) -> str:
+    match = _TURN_WAY.search(clause) or _WAY.search(without_places(clause))
+    return match.group(match.lastindex) if match else ""
 
 
-def _direction(clause: str) -> str:
-    match = re.search(r"\b(on|off)\b", clause)
-    return match.group(1) if match else ""
+def _only_names(clause: str) -> bool:
+    """Whether a clause says no more than "airplane mode off"."""
+    return bool(find_topics(clause) and _SMALL_WORDS.fullmatch(without_topics(clause)))
 
 
-def _verb(clause: str) -> str:
-    """What a clause asks for: reseat, grant, reset, restart, pay, off, on, turn (on or off?), set, check or ""."""
-    if _ASKS_WHETHER.search(clause):
-        return "check"
-    for verb, pattern in (("reseat", _RESEAT), ("grant", _GRANT), ("reset", _RESET), ("pay", _PAY)):
+def _own_verb(clause: str) -> str:
+    """The verb that changes something, in a clause that has one."""
+    for verb, pattern in _VERBS:
         if pattern.search(clause):
             return verb
-    if _TOPIC_PATTERNS["restart"].search(clause):
-        return "restart"
-    if _OFF.search(clause):
-        return "off"
-    if _ON.search(clause):
-        return "on"
-    direction = _direction(clause)
-    if _TURN.search(clause) and re.search(r"\b(turn|switch|toggle|flip|put)", clause):
-        return direction or "turn"
-    if _WANTS_STATE.search(clause):
-        return direction or "check"
-    if _SET.search(clause):
-        return "set"
-    if _CHECK.search(clause):
-        return "check"
-    return "" if _IS_IT.search(clause) else direction
+    if not _TURN.search(clause):
+        return "set" if _SET.search(clause) else ""
+    way = _way(clause)
+    return "set" if not way and "mode" in find_topics(clause) else way or "turn"
 
 
 def _action(topic: str, verb: str, clause: str) -> str:
     if topic in TOGGLES:
         return verb if verb in ("on", "off") else "check"
-    if topic == "sim":
-        return "do" if verb == "reseat" else "check"
-    if topic == "apn":
-        return "do" if verb == "reset" else "check"
-    if topic == "permissions":
-        return "do" if verb in ("grant", "on", "set") else "check"
-    if topic == "mode":
-        return "do" if verb in ("set", "on", "turn", "reset") or _SET.search(clause) else "check"
-    if topic == "payment":
-        return "do" if verb == "pay" else "check"
-    return "do" if topic == "restart" else "check"
+    if topic == "restart":
+        return "check" if verb == "check" else "do"
+    if topic == "mode" and verb in ("on", "wish"):
+        return "do" if _NAMED_MODE.search(clause) else "check"
+    if topic == "apn" and verb == "wish":
+        return "do" if _RESET.search(clause) else "check"
+    return "do" if verb in _DONE_TO.get(topic, ()) else "check"
 
 
 def _merged(requests: list[Request]) -> list[Request]:
     """One request per topic, action and condition: "storage" and "SMS" named apart belong together. A check of
-    something that is also to be changed is left out: the change reports the state anyway."""
+    something that is also to be changed is left out: the change reports the state anyway. A test after a change is
+    not the test before it."""
     merged: dict[tuple, Request] = {}
+    changes = 0
     for request in requests:
-        key = (*request.key, request.condition)
+        changes += request.action != "check"
+        key = (*request.key, request.condition, changes if request.key in _TESTS else 0)
         if key in merged:
             merged[key].text += " " + request.text
         else:
             merged[key] = request
     changed = {r.topic for r in merged.values() if r.action != "check"} - {"payment", "apn"}
     return [r for r in merged.values() if r.action != "check" or r.topic not in changed]
-
-
-def is_outcome(condition: str) -> bool:
-    """Whether a condition is about what came of it ("if it still doesn't work"), and not about a setting."""
-    return bool(
-        re.search(r"\b(still|doesn't|does not|not work\w*|fails?|persists?|no luck|didn't|unresolved)\b", condition)
-    )

@@ -17,13 +17,15 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
+from tau2_conditions import NOT, is_failure, is_outcome, opposite, parts
 from tau2_llm_customer import CONCURRENCY, DEFAULT_MODEL, LLMCustomer, UnusableCustomer
 from tau2_moods import Mood, make_mood, problem_with
 from tau2_phone import CHECK_TOOLS, Call, action_calls, check_call, read_phone, switch_call
-from tau2_understanding import LONGEST_HEARD, TOGGLES, TRANSFERRED, Request, find_topics, is_outcome, parse
+from tau2_topics import OFFERS, TOGGLES, find_topics, state
+from tau2_understanding import LONGEST_HEARD, TRANSFERRED, Request, parse
 
 STOP, TRANSFER, OUT_OF_SCOPE = "###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###"
-SCRIPTED_VERSION = "1"
+SCRIPTED_VERSION = "2"
 PATIENCE = 3  # messages without anything to do, or repeats of one request with one answer, before hanging up
 
 _NAMES = {  # what it calls the phone's switches
@@ -139,6 +141,8 @@ class _Answer:
     parts: list[str] = field(default_factory=list)
     done: bool = False  # something was changed on the phone
     tested: bool = False  # a speed test or an MMS test is among the parts
+    switched: set[str] = field(default_factory=set)  # topics, which were in no such state "already"
+    unmet: list[str] = field(default_factory=list)  # conditions that did not hold
 
     def say(self, part: str) -> None:
         if part and part not in self.parts:
@@ -155,6 +159,7 @@ class ScriptedCustomer:
         self.fruitless = 0
         self.failed_before: set[str] = set()
         self.opened = False
+        self.offered: list[Request] = []  # what the agent last offered to do for money, and may ask consent to later
         self.calls_made = 0
         self.pending: list[Call] = []
         self.turn: Generator[list[Call], list[str], str] | None = None
@@ -203,7 +208,8 @@ class ScriptedCustomer:
         """Yields batches of phone actions, receives their outputs, returns the answer to the agent."""
         if TRANSFERRED.search(text.lower()):
             return TRANSFER
-        question, requests = self.mood.listen(text, find_topics(text[:LONGEST_HEARD].lower()), parse(text))
+        heard = self._recall_offers(parse(text))
+        question, requests = self.mood.listen(text, find_topics(text[:LONGEST_HEARD].lower()), heard)
         if question:
             return question
         if not requests:
@@ -216,6 +222,14 @@ class ScriptedCustomer:
         yield from self._do_all(requests, answer)
         return self._finish(requests, answer, before)
 
+    def _recall_offers(self, requests: list[Request]) -> list[Request]:
+        """The requests, with what was offered before in the place of a consent to something unnamed."""
+        offers = [r for r in requests if r.topic in OFFERS and r.action != "do"]
+        recalled = self.offered if self.offered and not offers else []
+        self.offered = offers or self.offered
+        others = [r for r in requests if r.topic != "consent"]
+        return others + recalled if len(others) < len(requests) and recalled else requests
+
     def _nothing_to_do(self) -> str:
         self.fruitless += 1
         return f"This isn't helping. Goodbye. {STOP}" if self.fruitless >= PATIENCE else "Okay. What should I do?"
@@ -223,30 +237,46 @@ class ScriptedCustomer:
     def _reads(self, requests: list[Request]) -> list[Call]:
         """Looks at every setting that decides what is to be done: a switch is never toggled blindly."""
         topics = [r.topic for r in requests if r.topic in TOGGLES and r.action != "check"]
-        topics += [
-            t for r in requests for t in find_topics(r.condition) if t in CHECK_TOOLS and t not in ("speed", "mms")
-        ]
+        calls = [check_call(topic) for topic in topics]
+        calls += [call for request in requests for call in self._settings_of(request.condition)]
         if any(r.key == ("payment", "do") for r in requests):
-            topics.append("payment")
-        return _unique([check_call(topic) for topic in topics])
+            calls.append(check_call("payment"))
+        return _unique(calls)
 
     def _do_all(self, requests: list[Request], answer: _Answer) -> Generator[list[Call], list[str], None]:
         batch: list[Call] = []
         holds: dict[str, bool] = {"": True}  # each condition is decided once, when its turn comes
         for request in requests:
             condition = request.condition
-            if condition not in holds and is_outcome(condition):
-                yield from self._flush([*batch, self._outcome_test(condition)])
-                batch = []
             if condition not in holds:
-                holds[condition] = self._holds(condition)
-                answer.say("" if holds[condition] else self._why_not(condition))
+                if looks := self._looks(condition, changed=not all(map(_is_read, batch))):
+                    yield from self._flush([*batch, *looks])
+                    batch = []
+                holds[condition] = self._decide(condition, holds)
+                answer.unmet += [] if holds[condition] else [condition]
             if holds[condition]:
                 batch += self._calls_for(request, answer)
         yield from self._flush(_without_repeated_reads(batch))
+        for condition in answer.unmet:
+            answer.say(self._why_not(condition))
         for request in requests:
             if holds[request.condition]:
                 self._report(request, answer)
+
+    def _looks(self, condition: str, changed: bool) -> list[Call]:
+        """What shows whether a condition holds now: a test of the outcome, and after a change the settings again."""
+        if is_outcome(condition):
+            return [self._outcome_test(condition)]
+        return self._settings_of(condition) if changed else []
+
+    def _settings_of(self, condition: str) -> list[Call]:
+        topics = [topic for topic in find_topics(condition) if topic in CHECK_TOOLS]
+        return _unique([check_call(topic) for topic in topics if topic not in ("speed", "mms")])
+
+    def _decide(self, condition: str, holds: dict[str, bool]) -> bool:
+        """Of "if" and "otherwise" one holds, whatever the first of them has changed since."""
+        other = opposite(condition)
+        return not holds[other] if other in holds else self._holds(condition)
 
     def _flush(self, batch: list[Call]) -> Generator[list[Call], list[str], None]:
         if batch:
@@ -256,20 +286,23 @@ class ScriptedCustomer:
         topic, action = request.key
         if topic == "resolved":
             return [check_call(_ISSUE_TESTS[self.scenario.issue])]
-        if action == "check":
-            return [check_call(topic)] if topic in CHECK_TOOLS else []
+        if action in ("check", "agree"):
+            return [check_call(topic)] if topic in CHECK_TOOLS and action == "check" else []
         if topic in TOGGLES:
             return self._switch(topic, action, answer)
         if topic == "payment":
             return [("make_payment", {})] if self.facts.get("request") else []
         answer.done = True
+        if topic in ("restart", "apn"):
+            self.facts["restarted"] = "yes" if topic == "restart" else ""
         return action_calls(topic, request.text)
 
     def _switch(self, topic: str, wanted: str, answer: _Answer) -> list[Call]:
         if self.facts.get(topic) == wanted:
-            answer.say(f"{_NAMES[topic]} is already {wanted}")
+            answer.say("" if topic in answer.switched else f"{_NAMES[topic]} is already {wanted}")
             return []
         answer.done = True
+        answer.switched.add(topic)
         self.facts[topic] = wanted  # until the phone says so itself
         return [switch_call(topic, wanted)]
 
@@ -289,36 +322,51 @@ class ScriptedCustomer:
 
     def _holds(self, condition: str) -> bool:
         """Whether what an "if" says is so, as far as the phone shows it; an unknown condition counts as true."""
+        if condition.startswith(NOT):
+            return self._is_so(condition.removeprefix(NOT)) is not True
+        return self._is_so(condition) is not False
+
+    def _is_so(self, condition: str) -> bool | None:
+        """Whether a condition is met; None where nothing in it can be looked up."""
         topics = find_topics(condition)
         if "abroad" in topics:
-            return self.scenario.abroad
+            return self.scenario.abroad != bool(_AT_HOME.search(condition))
         if is_outcome(condition):
-            return self.facts.get("signal") == "none" if "status_bar" in topics else not self._solved()
-        return all(self._state_matches(topic, condition) for topic in topics)
+            failed = self.facts.get("signal") == "none" if "status_bar" in topics else not self._solved()
+            return failed == is_failure(condition)
+        needs_all, said = parts(condition)
+        found = [self._state_matches(topic, part, state(condition)) for part in said for topic in find_topics(part)]
+        known = [match for match in found if match is not None]
+        return (all(known) if needs_all else any(known)) if known else None
 
-    def _state_matches(self, topic: str, condition: str) -> bool:
-        bad = bool(re.search(r"\b(no|not|isn't|missing|absent|blank|empty|lost|unset|lacks?|lacking)\b", condition))
+    def _state_matches(self, topic: str, said: str, wanted: str) -> bool | None:
+        """Whether the phone is as `said`; wanted: the state that the whole condition speaks of."""
+        facts, bad = self.facts, bool(_BAD.search(said))
         if topic in TOGGLES:
-            on = bool(re.search(r"\b(on|enabled|active|connected|activated)\b", condition))
-            off = bool(re.search(r"\b(off|disabled|inactive|disconnected|deactivated)\b", condition))
-            wanted = "on" if (on and not bad) or (off and bad) else "off"
-            return self.facts.get(topic) == wanted if on or off else True
+            wanted = state(said) or wanted
+            return facts.get(topic) == wanted if wanted else None
         if topic == "sim":
-            return self.facts.get("sim") != "active" if bad else True
+            return (facts.get("sim") != "active") == bad if bad or _GOOD.search(said) else None
         if topic in ("status_bar", "network"):
-            return (self.facts.get("signal") == "none") == bad
+            weak = ("none", "poor") if _WEAK.search(said) else ("none",)
+            return (facts.get("signal") in weak) == (bad or len(weak) > 1)
         if topic == "mode":
-            slow = re.search(r"\b([23])g\b", condition)
-            return slow is None or self.facts.get("mode", "").startswith(slow[1])
+            return self._mode_matches(said, bad)
         if topic == "permissions":
-            return bool(self._missing_permissions()) if bad else True
+            return bool(self._missing_permissions()) == bad if bad or _GOOD.search(said) else None
         if topic == "apn":
-            return self.facts.get("mmsc") == "Not" if bad else True
-        return True
+            return (facts.get("mmsc") == "Not") == bad if bad or _GOOD.search(said) else None
+        return None
+
+    def _mode_matches(self, said: str, bad: bool) -> bool | None:
+        named = set(re.findall(r"\b([2-5])g\b", said))
+        if named and re.search(r"\b(lower|below|less|slower|older|under)\b", said):
+            named |= {generation for generation in "2345" if generation < max(named)}
+        return (self.facts.get("mode", "")[:1] in named) != bad if named else None
 
     def _why_not(self, condition: str) -> str:
         if "abroad" in find_topics(condition):
-            return "I'm not abroad"
+            return "I'm abroad" if self.scenario.abroad else "I'm not abroad"
         said = [self._say(topic) for topic in find_topics(condition)]
         return ", ".join(part for part in said if part)
 
@@ -331,14 +379,16 @@ class ScriptedCustomer:
         if topic == "resolved":
             answer.tested = True
             topic = _ISSUE_TESTS[self.scenario.issue]
-        if action == "check":
+        if action == "agree":
+            answer.say("yes, I'm willing to pay")
+        elif action == "check":
             answer.say(self._say(topic))
         elif topic == "sim":
             answer.say(self._say("sim"))
         elif topic == "payment":
             paid = self.facts.get("paid")
             answer.say(f"I paid ${paid}" if paid else "I'm willing to pay, but I have no payment request")
-        elif topic == "apn" and not any(tool == "reboot_device" for tool, _ in self.pending):
+        elif topic == "apn" and not self.facts.get("restarted"):
             answer.say("the APN reset applies at the next restart")
 
     def _say(self, topic: str) -> str:
@@ -377,6 +427,8 @@ class ScriptedCustomer:
                 if facts.get("request")
                 else "no payment request"
             )
+        if topic == "restart":
+            return "I restarted the phone" if facts.get("restarted") else "I haven't restarted the phone yet"
         return f"my apps: {facts.get('apps')}" if topic == "apps" else ""
 
     def _say_about_me(self, topic: str) -> str:
@@ -384,6 +436,8 @@ class ScriptedCustomer:
             return f"I'm {self.scenario.name}, {self.scenario.phone}"
         if topic == "abroad":
             return f"I'm {self.scenario.location}" if self.scenario.location else "I'm at home"
+        if topic == "consent":
+            return "yes, please go ahead"
         if topic == "refuel":
             return "yes, please refuel 2 GB" if self.scenario.refuels else "no, I don't want more data"
         return "I don't want to change my plan"
@@ -432,7 +486,12 @@ class ScriptedCustomer:
             self.failed_before.add("mms:MMS fails")
 
 
-_SCENARIO_TOPICS = ("identity", "abroad", "refuel", "plan")
+_SCENARIO_TOPICS = ("identity", "abroad", "refuel", "plan", "consent")
+# What a condition says of a thing that is neither on nor off.
+_BAD = re.compile(r"\b(no|not|\w+n't|missing|absent|blank|empty|lost|unset|lacks?|lacking|denied|other than)\b")
+_GOOD = re.compile(r"\b(active|set|present|inserted|granted|allowed|on|has|have|there|filled)\b")
+_WEAK = re.compile(r"\b(weak|poor|low|bad)\b")
+_AT_HOME = re.compile(r"\b(not|\w+n't)\b")
 
 
 def _mode_name(mode: str) -> str:
@@ -450,9 +509,12 @@ def _unique(calls: list[Call]) -> list[Call]:
 
 def _without_repeated_reads(calls: list[Call]) -> list[Call]:
     """Without a read that follows the same read directly."""
-    reads = ("check_", "run_", "can_")
     pairs = zip([None, *calls], calls, strict=False)
-    return [call for before, call in pairs if call != before or not call[0].startswith(reads)]
+    return [call for before, call in pairs if call != before or not _is_read(call)]
+
+
+def _is_read(call: Call) -> bool:
+    return call[0].startswith(("check_", "run_", "can_"))
 
 
 def _sentence(parts: list[str]) -> str:
