@@ -235,6 +235,15 @@ def test_asks_back_before_it_does_anything_and_then_does_it_all():
     assert done == []
 
 
+def test_an_explanation_that_sounds_like_another_request_explains():
+    request = "Please turn mobile data on, then run a speed test."
+    path = "Open Settings, tap Mobile network, check the SIM, and flip the switch."
+    _, done = dialogue("asks_back", "[mobile_data_issue]data_mode_off[", request, path)
+    assert done.count("toggle_data") == 1
+    _, done = dialogue("asks_back", "[mobile_data_issue]data_mode_off[", request, "Reset your APN settings.")
+    assert "toggle_data" not in done
+
+
 def test_a_misread_setting_is_read_rightly_the_next_time():
     check = "Please check Data Saver."
     said, _ = dialogue("misreads", "[mobile_data_issue]data_saver_mode_on[", check, check)
@@ -354,7 +363,7 @@ def test_the_sensitivity_table(tmp_path, capsys):
         and found[1]["difference"]["tasks"] == 3
     )
     assert found[0]["customer"] == {"kind": "scripted", "version": "2"}
-    assert found[2]["customer"] == {"kind": "scripted", "version": "2", "mood": "mixed", "mood_version": "1"}
+    assert found[2]["customer"] == {"kind": "scripted", "version": "2", "mood": "mixed", "mood_version": "2"}
     rows = (out / "terse.rows.jsonl").read_text()
     assert sensitivity.main([*flags, "--moods", "terse", "mixed"]) == 0
     assert (out / "terse.rows.jsonl").read_text() == rows

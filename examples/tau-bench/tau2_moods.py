@@ -26,7 +26,7 @@ import re
 from collections.abc import Generator, Sequence
 from typing import Any
 
-MOOD_VERSION = "1"
+MOOD_VERSION = "2"
 MOODS = ("plain", "terse", "rambling", "misreads", "eager", "asks_back")
 CHOICES = (*MOODS, "persona", "mixed")
 # tau2's personas: Easy is friendly, asks questions and gives detailed feedback; Hard gets confused by instructions and
@@ -333,9 +333,11 @@ class AsksBack(Mood):
 
     def _explained(self, text: str, topics: Sequence[str], requests: list) -> bool:
         """The agent names the thing again, or says where it is without asking for anything else."""
-        if requests:
-            return self.topic in {r.topic for r in requests}
-        return self.topic in topics or bool(self._EXPLAINS.search(text.lower()))
+        path = bool(self._EXPLAINS.search(text.lower()))
+        if requests:  # "open Settings, tap Mobile network, ..." sounds like a request about something else
+            looks = self.topic in topics or all(r.action == "check" for r in requests)
+            return self.topic in {r.topic for r in requests} or (path and looks)
+        return self.topic in topics or path
 
 
 _CLASSES = {mood.name: mood for mood in (Mood, Terse, Rambling, Misreads, Eager, AsksBack)}
