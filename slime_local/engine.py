@@ -28,6 +28,7 @@ from slime_local.compiled_decoder import CompiledDecoder, fits
 from slime_local.kept_attention import KeptAttention
 from slime_local.model import Transformer
 from slime_local.prefixes import common_prefix, decode_plan
+from slime_local.sampling import GREEDY_BELOW, RequestError, SamplingParams
 
 # Copying a shared prefix from another slot pays off above about this many tokens.
 MIN_SHARED_PREFIX = 16
@@ -35,69 +36,6 @@ MIN_SHARED_PREFIX = 16
 KV_BLOCK = 256
 # and are copied by multiples of so many, the most that kernels.c mixes.
 KV_PANEL = 32
-LARGEST_NUMBER = 1e9  # of a sampling parameter
-# Parameters of SGLang's that are accepted with these values, which change nothing; a text is never trimmed here.
-NEUTRAL = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0, "n": 1}
-NEUTRAL |= {"no_stop_trim": True}
-
-
-class RequestError(Exception):
-    """A request that the engine refuses; the server answers it with HTTP 400 and this text."""
-
-
-@dataclass
-class SamplingParams:
-    """The part of SGLang's sampling_params that this engine honours; anything else must be unset or neutral."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
-    stop: list[str] = field(default_factory=list)
-    stop_token_ids: list[int] = field(default_factory=list)
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    sampling_seed: int | None = None
-
-    @classmethod
-    def from_payload(cls, given: dict) -> SamplingParams:
-        """Build from a request; RequestError names a value that is out of range or a parameter not supported."""
-        if not isinstance(given or {}, dict):
-            raise RequestError("sampling_params must be a JSON object")
-        given = {name: value for name, value in (given or {}).items() if value is not None}
-        known = {name: given.pop(name) for name in list(given) if name in cls.__dataclass_fields__}
-        for name, value in given.items():
-            if name != "spaces_between_special_tokens" and (name not in NEUTRAL or value != NEUTRAL[name]):
-                raise RequestError(f"sampling_params.{name}={str(value)[:40]} is not supported here")
-        if isinstance(known.get("stop"), str):
-            known["stop"] = [known["stop"]]
-        params = cls(**known)
-        params._check()
-        return params
-
-    def _check(self) -> None:
-        """A wrong value must not reach the engine's thread, where it would end every request."""
-        for name in ("temperature", "top_p"):
-            self._require(name, type(getattr(self, name)) in (int, float), "a number")
-        for name in ("top_k", "max_new_tokens", "min_new_tokens"):
-            self._require(name, type(getattr(self, name)) is int, "a whole number")
-        self._require("temperature", 0 <= self.temperature < LARGEST_NUMBER, "0 or more, and finite")
-        self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
-        self._require("top_k", -1 <= self.top_k < LARGEST_NUMBER, "-1 or more")
-        self._require("max_new_tokens", 1 <= self.max_new_tokens < LARGEST_NUMBER, "1 or more")
-        self._require("stop", _is_list_of(self.stop, str) and "" not in self.stop, "a list of texts")
-        self._require("stop_token_ids", _is_list_of(self.stop_token_ids, int), "a list of token ids")
-        seed = self.sampling_seed
-        self._require("sampling_seed", seed is None or (type(seed) is int and 0 <= seed < 2**64), "0 or more")
-
-    def _require(self, name: str, holds: bool, what: str) -> None:
-        if not holds:
-            raise RequestError(f"sampling_params.{name}={str(getattr(self, name))[:40]} must be {what}")
-
-
-def _is_list_of(value: object, kind: type) -> bool:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
 @dataclass
@@ -425,7 +363,7 @@ class Engine:
     def _sample(self, requests: list[Request], logits: Tensor) -> None:
         for request, row in zip(requests, logits, strict=True):
             if len(request.output) < request.params.min_new_tokens:
-                row[[*self.eos, *request.params.stop_token_ids]] = -torch.inf
+                row[self._known_ids(self.eos.union(request.params.stop_token_ids))] = -torch.inf
         ids, logprobs = sample(logits, [r.params for r in requests], [self._uniform(r) for r in requests])
         for request, token, logprob in zip(requests, ids, logprobs, strict=True):
             request.output.append(token)
@@ -436,6 +374,10 @@ class Engine:
                 with self.lock:
                     self._finish(request, reason)
 
+    def _known_ids(self, ids: set[int]) -> list[int]:
+        """Those in the vocabulary: clients also name the stop tokens of other models, which never come."""
+        return [i for i in ids if 0 <= i < self.model.config.vocab_size]
+
     def _uniform(self, request: Request) -> float:
         """The random number for the next token: a function of (seed, position) when it has a seed."""
         if request.params.sampling_seed is None:
@@ -445,6 +387,9 @@ class Engine:
 
     def _finish_reason(self, request: Request, token: int) -> dict | None:
         params = request.params
+        full = len(request.prompt) + len(request.output) >= self.max_context
+        if full or len(request.output) >= params.max_new_tokens:  # first, as in SGLang: even of a last token that ends
+            return {"type": "length", "length": len(request.output)}
         if token in params.stop_token_ids or (token in self.eos and not params.ignore_eos):
             return {"type": "stop", "matched": token}
         if params.stop and len(request.output) >= params.min_new_tokens:
@@ -452,9 +397,6 @@ class Engine:
             for stop in params.stop:
                 if stop in text:
                     return {"type": "stop", "matched": stop}
-        full = len(request.prompt) + len(request.output) >= self.max_context
-        if full or len(request.output) >= params.max_new_tokens:
-            return {"type": "length", "length": len(request.output)}
         return None
 
     def _finish_aborted(self, request: Request) -> None:
@@ -520,25 +462,24 @@ def kept_dtype(model: Transformer) -> torch.dtype:
 
 
 def eos_ids(model: Transformer, tokenizer) -> set[int]:
-    """Every id that ends a turn: the tokenizer's and the config's."""
-    ids = model.config.eos_token_id
-    listed = ids if isinstance(ids, list | tuple) else [ids]
-    return {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
+    """Every id that ends a turn: the tokenizer's and the folder's."""
+    return {i for i in (*model.config.eos_token_id, tokenizer.eos_token_id) if i is not None}
 
 
 def sample(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> tuple[list[int], list[float]]:
     """Next tokens [N] from logits [N, V], with their log-probs.
 
-    As in SGLang, a log-prob is that of softmax(logits / temperature) before top-p and top-k; temperature 0 is greedy
-    and reports softmax(logits).
+    As in SGLang, a log-prob is that of softmax(logits / temperature) before top-p and top-k; a temperature below
+    GREEDY_BELOW is greedy and reports softmax(logits).
     """
+    temperatures = [p.temperature if p.temperature >= GREEDY_BELOW else 0.0 for p in params]
     whole = all(p.top_k <= 0 and p.top_p == 1 for p in params)
     if whole and kernels.available(logits.dtype, logits.dtype, logits.device):
-        return kernels.sample(logits, [p.temperature for p in params], uniforms)
-    scale = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)
+        return kernels.sample(logits, temperatures, uniforms)
+    scale = torch.tensor([temperature or 1.0 for temperature in temperatures], device=logits.device)
     logprobs = torch.log_softmax(logits / scale[:, None], dim=-1)
     ids = logits.argmax(dim=-1)
-    drawn = [i for i, p in enumerate(params) if p.temperature > 0]
+    drawn = [i for i, temperature in enumerate(temperatures) if temperature > 0]
     if drawn:
         kept = truncate(logprobs[drawn], [params[i] for i in drawn])
         ids[drawn] = draw(kept, torch.tensor([uniforms[i] for i in drawn], device=logits.device))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,27 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
-    eos_token_id: int | list[int] | None
+    eos_token_id: tuple[int, ...]  # none where neither file names one
 
 
 def load_config(path: str | Path) -> ModelConfig:
     """The config of an HF folder. Raises UsageError for a folder that is none, and for what this host does not run."""
-    return parse_config(read_json_object(check_hf_folder(path) / "config.json"), path)
+    config = parse_config(read_json_object(check_hf_folder(path) / "config.json"), path)
+    return replace(config, eos_token_id=(*config.eos_token_id, *_generation_ends(Path(path))))
+
+
+def _generation_ends(folder: Path) -> tuple[int, ...]:
+    """The ids that end a turn by the folder's generation_config.json, which need not be those of its config.json."""
+    file = folder / "generation_config.json"
+    return _end_ids(read_json_object(file).get("eos_token_id"), file) if file.is_file() else ()
+
+
+def _end_ids(said: Any, file: Path) -> tuple[int, ...]:
+    """What `file` says under eos_token_id: an id, ids, or nothing."""
+    ids = said if isinstance(said, list) else [] if said is None else [said]
+    if not all(type(one) is int for one in ids):
+        raise UsageError(f"{file.parent}: {file.name} says eos_token_id {_shown(said)}: neither an id nor ids")
+    return tuple(ids)
 
 
 def parse_config(said: dict[str, Any], path: str | Path) -> ModelConfig:
@@ -71,11 +86,9 @@ def parse_config(said: dict[str, Any], path: str | Path) -> ModelConfig:
         return value
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")
-    tied, eos = said.get("tie_word_embeddings", False), said.get("eos_token_id")
+    tied, ends = said.get("tie_word_embeddings", False), _end_ids(said.get("eos_token_id"), Path(path, "config.json"))
     if type(tied) is not bool:
         raise UsageError(f"{path}: config.json says tie_word_embeddings {_shown(tied)}: neither true nor false")
-    if eos is not None and not all(type(one) is int for one in (eos if isinstance(eos, list) else [eos])):
-        raise UsageError(f"{path}: config.json says eos_token_id {_shown(eos)}: neither an id nor ids")
     if heads % number("num_key_value_heads", heads):
         said_heads = said["num_key_value_heads"]
         raise UsageError(f"{path}: config.json says num_key_value_heads {said_heads}: not a divisor of {heads}")
@@ -92,7 +105,7 @@ def parse_config(said: dict[str, Any], path: str | Path) -> ModelConfig:
         rms_norm_eps=number("rms_norm_eps", 1e-6, kinds=(int, float)),
         rope_theta=number("rope_theta", said.get("rope_theta", 10000.0), rope, (int, float)),
         tie_word_embeddings=tied,
-        eos_token_id=eos,
+        eos_token_id=ends,
     )
 
 

@@ -26,6 +26,7 @@ from slime_local.flags import EvalDataset
 from slime_local.generate import Limits, generate_and_reward, known_reward, post, reward_many, server_url
 from slime_local.plugins import load_function
 from slime_local.sample import Sample
+from slime_local.sampling import eval_sampling_params, rollout_sampling_params
 
 ABORT_EVERY_SECONDS = 1.0
 
@@ -173,21 +174,6 @@ class _Rollout:
         return RolloutOutput(kept, metrics)
 
 
-def rollout_sampling_params(args: Any) -> dict[str, Any]:
-    """SGLang's sampling_params for training, without a seed."""
-    return {
-        "temperature": args.rollout_temperature,
-        "top_p": args.rollout_top_p,
-        "top_k": args.rollout_top_k,
-        "max_new_tokens": args.rollout_max_response_len,
-        "stop": args.rollout_stop,
-        "stop_token_ids": args.rollout_stop_token_ids,
-        "skip_special_tokens": args.rollout_skip_special_tokens,
-        "no_stop_trim": True,
-        "spaces_between_special_tokens": False,
-    }
-
-
 def sampling_seed(*parts: Any) -> int:
     """A 31-bit seed that depends on every part and on nothing else, so that a resumed run samples the same."""
     return int.from_bytes(_digest(*parts)[:4], "big") >> 1
@@ -284,20 +270,3 @@ def _load_eval_data(args: Any, settings: EvalDataset) -> Dataset:
         tokenizer=tokenizer,
         max_length=args.eval_max_prompt_len,
     )
-
-
-def eval_sampling_params(settings: EvalDataset) -> dict[str, Any]:
-    """SGLang's sampling_params for one evaluation data set, without a seed."""
-    params = {
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": settings.top_k,
-        "max_new_tokens": settings.max_response_len,
-        "stop": settings.stop,
-        "stop_token_ids": settings.stop_token_ids,
-        "skip_special_tokens": settings.skip_special_tokens,
-        "no_stop_trim": True if settings.no_stop_trim is None else settings.no_stop_trim,
-        "spaces_between_special_tokens": False,
-    }
-    optional = {"repetition_penalty": settings.repetition_penalty, "min_new_tokens": settings.min_new_tokens}
-    return params | {name: value for name, value in optional.items() if value is not None}

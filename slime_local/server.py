@@ -20,6 +20,7 @@ from pathlib import Path
 
 from slime_local.errors import UsageError
 from slime_local.lasting import lasting
+from slime_local.sampling import RequestError
 
 MAX_REQUEST_BYTES = 16 * 2**20
 MAX_REQUESTS = 1024  # that are read, wait or run; what comes on top is answered 503 before its body is read
@@ -36,8 +37,6 @@ def make_app(
 ):
     """The aiohttp application over an Engine. fingerprint: of the folder whose weights it has; "" in training."""
     from aiohttp import web
-
-    from slime_local.engine import RequestError
 
     held = 0
 

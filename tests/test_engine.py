@@ -1,8 +1,10 @@
 """The engine and its server: exact log-probs, kept KV, batching, aborts, new weights, refusals."""
 
 import asyncio
+import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,9 +22,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from slime_local import kernels
-from slime_local.engine import Engine, RequestError, SamplingParams, room_of_its_own, sample
+from slime_local.engine import Engine, room_of_its_own, sample
 from slime_local.model import load_model
 from slime_local.prefixes import common_prefix
+from slime_local.sampling import RequestError, SamplingParams
 from slime_local.server import serve
 
 CPU = torch.device("cpu")
@@ -206,6 +209,62 @@ async def test_the_policy_cannot_stop_before_min_new_tokens(engine):
     assert wish not in answer["output_ids"][:5] and torch.isfinite(logprobs(answer)).all()
 
 
+@pytest.mark.parametrize("foreign", [99_999, 2**70, -1, -(2**70)])
+async def test_stop_ids_of_another_model_end_nothing(engine, foreign):
+    """Neither the engine's thread, which works for others, nor a turn; and they take no token of this model away."""
+    params = {"temperature": 0.0, "min_new_tokens": 3, "max_new_tokens": 5, "ignore_eos": True}
+    innocent = asyncio.create_task(engine.generate(request([1, 2, 3], max_new_tokens=100, ignore_eos=True)))
+    plain = await engine.generate(request([5, 6], **params, stop_token_ids=[]))
+    answer = await engine.generate(request([5, 6], **params, stop_token_ids=[foreign]))
+    assert answer["output_ids"] == plain["output_ids"]
+    torch.testing.assert_close(logprobs(answer), logprobs(plain), atol=1e-5, rtol=1e-5)
+    assert len((await innocent)["output_ids"]) == 100 and engine.failure is None
+
+
+async def test_of_foreign_end_ids_none_is_masked(engine, model):
+    """-1 would be the last entry of the vocabulary."""
+    last = model.config.vocab_size - 1
+    engine.eos = {2, last + 1}
+    logits = torch.zeros(1, last + 1)
+    engine._sample([engine._request(request([1, 2], min_new_tokens=2, stop_token_ids=[-1, 7]))], logits)
+    assert torch.isinf(logits[0]).nonzero().flatten().tolist() == [2, 7]
+
+
+@pytest.mark.parametrize("several", [True, False])
+async def test_every_end_id_of_the_folder_ends_a_turn(tiny_model_dir, tokenizer, tmp_path, several):
+    """SGLang's: those of config.json and those of generation_config.json."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "m")
+
+    @contextlib.contextmanager
+    def engine_with(ends):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        engine = Engine(load_model(folder, torch.float32, "cpu").requires_grad_(False), tokenizer, max_context=64)
+        yield engine
+        engine.close()
+
+    payload = request([1, 2, 3], temperature=0.0, ignore_eos=False)
+    with engine_with(None) as engine:
+        assert engine.eos == {tokenizer.eos_token_id}
+        end = (await engine.generate(payload))["output_ids"][0]
+    with engine_with([tokenizer.eos_token_id, end, 10**6] if several else end) as engine:
+        answer = await engine.generate(payload)
+        later = await engine.generate(request([1, 2, 3], temperature=0.0, ignore_eos=False, min_new_tokens=4))
+    assert answer["output_ids"] == [end]
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": end}
+    assert len(later["output_ids"]) >= 4 and end not in later["output_ids"][:4]
+
+
+async def test_a_last_permitted_token_ends_by_its_length(engine):
+    """SGLang looks at the length first, whatever the token is."""
+    token = (await engine.generate(request([1, 2, 3], temperature=0.0)))["output_ids"][0]
+    params = {"temperature": 0.0, "stop_token_ids": [token]}
+    answer = await engine.generate(request([1, 2, 3], **params, max_new_tokens=1))
+    assert answer["output_ids"] == [token]
+    assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 1}
+    answer = await engine.generate(request([1, 2, 3], **params, max_new_tokens=2))
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": token}
+
+
 async def test_abort_returns_what_was_sampled(engine):
     task = asyncio.create_task(engine.generate(request([1, 2, 3], max_new_tokens=200)))
     await asyncio.sleep(0.05)
@@ -235,6 +294,14 @@ async def test_abort_returns_what_was_sampled(engine):
         (request([1], temprature=0.1), "temprature"),
         (request([1], regex="a+"), "regex"),
         (request([1], no_stop_trim=False), "no_stop_trim"),
+        (request([1], skip_special_tokens="yes"), "skip_special_tokens"),
+        (request([1], ignore_eos=2**70), "ignore_eos"),
+        (request([1], min_new_tokens=-3), "min_new_tokens"),
+        (request([1], min_new_tokens=2**70), "min_new_tokens"),
+        (request([1], max_new_tokens=2**70), "max_new_tokens"),
+        (request([1], top_k=2**70), "top_k"),
+        (request([1], temperature=2**70), "temperature"),
+        (request([1], sampling_seed=2**70), "sampling_seed"),
     ],
 )
 async def test_bad_requests_are_refused(engine, payload, message):
@@ -252,6 +319,21 @@ def test_top_k_and_top_p_keep_the_likeliest():
     ids, found = sample(logits, [SamplingParams()] * 200, uniforms)
     assert [ids.count(i) for i in range(4)] == pytest.approx([100, 60, 30, 10], abs=2)
     assert found[0] == pytest.approx(torch.log(torch.tensor(0.5)).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+@pytest.mark.parametrize("top_k", [-1, 5])
+def test_a_temperature_next_to_nothing_is_greedy(monkeypatch, switch, top_k):
+    """SGLang's rule; numbers so small end in a division by 0."""
+    monkeypatch.setenv(kernels.SWITCH, switch)
+    logits = torch.randn(1, 1000)
+    greedy = sample(logits.clone(), [SamplingParams(temperature=0.0)], [0.3])
+    assert greedy[0] == [logits.argmax().item()]
+    for temperature in (9e-7, 1e-30, 1e-38, 1e-42, 1e-46, 1e-320):
+        found = sample(logits.clone(), [SamplingParams(temperature=temperature, top_k=top_k)], [0.3])
+        assert found[0] == greedy[0] and found[1] == pytest.approx(greedy[1], abs=1e-5)
+    ids, found = sample(logits.clone(), [SamplingParams(temperature=1e-6, top_k=top_k)], [0.3])
+    assert ids == greedy[0] and found == [0.0]
 
 
 @given(st.lists(st.integers(0, 2), max_size=30), st.lists(st.integers(0, 2), max_size=30), st.integers(0, 30))

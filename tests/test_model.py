@@ -196,8 +196,36 @@ def test_a_config_is_read_as_transformers_reads_it(folder, old):
             assert value == theirs.rope_parameters["rope_theta"]
         elif name == "head_dim":
             assert value == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+        elif name == "eos_token_id":
+            assert set(value) == {theirs.eos_token_id} - {None}
         else:
             assert value == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize(("ends", "known"), [(None, {2}), (5, {2, 5}), ([2, 5], {2, 5}), ([], {2})])
+def test_end_ids_are_those_of_both_files(folder, ends, known):
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "do_sample": True}))
+    assert set(load_config(folder).eos_token_id) == known
+    (folder / "generation_config.json").unlink()
+    assert load_config(folder).eos_token_id == (2,)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "generation_config.json is not JSON"),
+        ("[]", "generation_config.json holds no JSON object"),
+        ('{"eos_token_id": "</s>"}', 'generation_config.json says eos_token_id "</s>": neither an id nor ids'),
+        ('{"eos_token_id": [true]}', "generation_config.json says eos_token_id [true]: neither an id nor ids"),
+    ],
+)
+def test_a_damaged_generation_config_is_refused(folder, text, told):
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(UsageError, match=re.escape(told)) as caught:
+        load_config(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_small_models_epsilon_is_the_one_of_its_model_args(smol_dir):
