@@ -175,7 +175,7 @@ class Trainer:
                 (loss * scale).backward()
             sums.update({name: float(value) * scale for name, value in metrics.items()})
             bar.update(len(group))
-        if still and not learning:  # a gradient of 0 is a gradient: moments decay
+        if not learning:  # as in slime, also where all are removed: a gradient of 0 is a gradient, and moments decay
             for parameter in self.trainable.values():
                 parameter.grad = torch.zeros_like(parameter)
         norm = self._clipped_gradient_norm()
@@ -209,9 +209,8 @@ class Trainer:
         """Step the optimizer and the schedule, unless the gradient or the loss is not finite."""
         norm, loss = result["train/grad_norm"], result.get("train/loss", 0.0)
         if _finite(norm) and _finite(loss):
-            if any(parameter.grad is not None for parameter in self.trainable.values()):
-                self.optimizer.step()
-                self.model.weights_changed(trained_only=True)
+            self.optimizer.step()
+            self.model.weights_changed(trained_only=True)
             self.optimizer_steps += 1
             self.schedule.step(batch)
         else:

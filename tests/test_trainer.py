@@ -1,5 +1,6 @@
 """The trainer: its steps against transformers, packing, freezing, reference weights, gradients that are not finite."""
 
+import copy
 import logging
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from slime_local.errors import UsageError
 from slime_local.model import load_model, save_hf
-from slime_local.trainer import Trainer
+from slime_local.trainer import Trainer, build_optimizer
 
 NORM = "decoder.final_layernorm.weight"
 
@@ -194,13 +195,28 @@ def test_a_removed_sample_contributes_nothing_but_its_place(folder, changes):
     assert_same(after[0], after[1], atol=0, rtol=0)
 
 
-def test_a_rollout_of_removed_samples_changes_nothing(folder):
+@pytest.mark.parametrize(
+    "changes", [{}, {"loss_type": "sft_loss"}, {"entropy_coef": 0.01}, {"calculate_per_token_loss": True}]
+)
+def test_a_rollout_of_removed_samples_is_a_step_with_a_gradient_of_zero(folder, changes):
+    """slime's: the moments decay and move the weights, weight decay applies, the schedule advances."""
     data = make_rollout()
-    data["loss_masks"] = [[0] * length for length in data["response_lengths"]]
-    trainer = new_trainer(folder)
-    before = weights(trainer)
-    assert trainer.train(0, data)["train/grad_norm"] == 0
-    assert_same(before, weights(trainer), atol=0, rtol=0)
+    removed = {**data, "loss_masks": [[0] * length for length in data["response_lengths"]]}
+    trainer = new_trainer(folder, weight_decay=0.1, **changes)
+    trainer.train(0, data)
+    before, state = weights(trainer), trainer.optimizer.state_dict()
+    expected = {name: value.clone().requires_grad_() for name, value in before.items()}
+    twin = build_optimizer(trainer.args, expected)
+    twin.load_state_dict(copy.deepcopy(state))
+    for value in expected.values():
+        value.grad = torch.zeros_like(value)
+    twin.step()
+    rate = trainer.schedule.lr
+    assert trainer.train(1, removed)["train/grad_norm"] == 0
+    assert not torch.equal(before[NORM], weights(trainer)[NORM])
+    assert_same({name: value.detach() for name, value in expected.items()}, weights(trainer), atol=1e-7, rtol=0)
+    assert trainer.optimizer_steps == 2 and trainer.skipped_steps == 0
+    assert trainer.schedule.num_samples == 8 and trainer.schedule.lr < rate
 
 
 def test_rollouts_beyond_a_multiple_of_the_batch_are_left_out(folder):
