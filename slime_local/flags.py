@@ -336,7 +336,7 @@ def parse_args(argv: list[str] | None = None, host: str = "local") -> argparse.N
     _check_numbers(args)
     if host == "local":
         _refuse(args)
-    derive(args)
+    derive(args, host)
     return args
 
 
@@ -412,10 +412,17 @@ def _value_arguments(flag: Flag) -> dict[str, Any]:
         arguments["type"] = convert
     if flag.nargs:
         arguments["nargs"] = int(flag.nargs) if flag.nargs.isdigit() else flag.nargs
-    if flag.choices and len(flag.choices) < CHOICES_WIDTH and flag.type != "enum_type_handler":
-        choices = flag.choices.split("|")
-        arguments["choices"] = [convert(choice) for choice in choices] if convert else choices
+    if choices := _choices(flag):
+        arguments["choices"] = choices
     return arguments
+
+
+def _choices(flag: Flag) -> list[Any]:
+    """What can be chosen; nothing where everything can, or where the list does not hold them all."""
+    if not flag.choices or len(flag.choices) >= CHOICES_WIDTH or flag.type == "enum_type_handler":
+        return []
+    convert = _converter(flag.type)
+    return [convert(choice) if convert else choice for choice in flag.choices.split("|")]
 
 
 def _recording(base: type[argparse.Action], flag: Flag) -> type[argparse.Action]:
@@ -479,25 +486,29 @@ def _unknown(rest: list[str]) -> list[str]:
 
 
 def _refuse(args: argparse.Namespace) -> None:
-    lines = []
     dests = {flag.name: flag.dest for flag in load_flags()}
-    for flag in args.given_flags:
-        value = getattr(args, dests[flag])
-        if flag in REFUSED:
-            lines.append(f"{flag} works under slime only (--host slime): here {REFUSED[flag]}")
-        elif flag in ALLOWED_VALUES and value not in ALLOWED_VALUES[flag]:
-            allowed = ", ".join(map(str, sorted(ALLOWED_VALUES[flag])))
-            lines.append(f"{flag} {value} works under slime only (--host slime): here it can be {allowed}")
-    if lines:
-        raise UsageError("\n".join(lines))
+    lines = [_refusal(flag, getattr(args, dests[flag])) for flag in args.given_flags]
+    if any(lines):
+        raise UsageError("\n".join(filter(None, lines)))
 
 
-def derive(args: argparse.Namespace) -> None:
-    """Set in place what slime computes from its args, in slime's order. Raises UsageError where slime refuses."""
+def _refusal(flag: str, value: Any) -> str | None:
+    """Why this host refuses this value of a flag."""
+    if flag in REFUSED:
+        return f"{flag} works under slime only (--host slime): here {REFUSED[flag]}"
+    if flag in ALLOWED_VALUES and value not in ALLOWED_VALUES[flag]:
+        allowed = ", ".join(map(str, sorted(ALLOWED_VALUES[flag])))
+        return f"{flag} {value} works under slime only (--host slime): here it can be {allowed}"
+    return None
+
+
+def derive(args: argparse.Namespace, host: str = "local") -> None:
+    """Set in place what slime computes from its args, in slime's order. Raises UsageError where slime refuses, and
+    where this host (`host` "local") refuses what --custom-config-path sets."""
     args.eval_datasets = eval_datasets(args)
     _derive_run(args)
     _derive_batches(args)
-    _apply_custom_config(args)
+    _apply_custom_config(args, host)
     _derive_lengths(args)
 
 
@@ -539,18 +550,34 @@ def _derive_batches(args: argparse.Namespace) -> None:
         args.log_probs_max_tokens_per_gpu = args.max_tokens_per_gpu
 
 
-def _apply_custom_config(args: argparse.Namespace) -> None:
-    """Every key of the --custom-config-path YAML becomes an attribute of args, over whatever it was."""
+def _apply_custom_config(args: argparse.Namespace, host: str) -> None:
+    """Every key of the --custom-config-path YAML becomes an attribute of args, over whatever it was. One that is a
+    flag's is held against what can be given on the command line."""
     if not args.custom_config_path:
         return
-    flags = {flag.dest: flag for flag in load_flags() if flag.name in HONOURED}
-    for key, value in _read_yaml("--custom-config-path", args.custom_config_path).items():
-        if key in flags and not _fits(flags[key], value):
-            raise UsageError(
-                f"--custom-config-path {args.custom_config_path}: {key} {str(value)[:40]!r} is no value of "
-                f"{flags[key].name}"
-            )
+    flags = {flag.dest: flag for flag in load_flags()}
+    values = _read_yaml("--custom-config-path", args.custom_config_path)
+    lines = [_wrong_value(flags[key], value, host) for key, value in values.items() if key in flags]
+    if any(lines):
+        where = f"--custom-config-path {args.custom_config_path}"
+        raise UsageError("\n".join(f"{where}: {line}" for line in lines if line))
+    for key, value in values.items():
         setattr(args, key, value)
+
+
+def _wrong_value(flag: Flag, value: Any, host: str) -> str | None:
+    """What is wrong with a YAML's value for a flag, in the words of the command line."""
+    if flag.name in HONOURED and not _fits(flag, value):
+        return f"{flag.dest} {str(value)[:40]!r} is no value of {flag.name}"
+    default = _default(flag.default)
+    if host == "local" and not (flag.name in REFUSED and value == default) and (why := _refusal(flag.name, value)):
+        return why
+    choices = _choices(flag)
+    wrong = [one for one in (value if flag.nargs and isinstance(value, list) else [value]) if one not in choices]
+    if choices and wrong and value != default:
+        known = ", ".join(map(repr, choices))
+        return f"argument {flag.name}: invalid choice: {str(wrong[0])[:40]!r} (choose from {known})"
+    return None
 
 
 def _fits(flag: Flag, value: Any) -> bool:

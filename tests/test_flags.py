@@ -179,3 +179,39 @@ def test_the_custom_config_sets_any_attribute(tmp_path):
     assert args.my_setting == {"a": 1} and args.rollout_temperature == 0.5
     config.write_text("a: [")
     assert "is not YAML" in message("--custom-config-path", str(config))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("optimizer: sgd", ["--optimizer", "sgd"]),
+        ("attention_dropout: 0.1", ["--attention-dropout", "0.1"]),
+        ("ref_update_interval: 1", ["--ref-update-interval", "1"]),
+        ("keep_old_actor: true", ["--keep-old-actor"]),
+        ("partial_rollout: true", ["--partial-rollout"]),
+        ("decoupled_lr: 0.1", ["--decoupled-lr", "0.1"]),
+        ("rampup_batch_size: [1, 2, 3]", ["--rampup-batch-size", "1", "2", "3"]),
+        ("rm_type: math", ["--rm-type", "math"]),
+        ("advantage_estimator: ppo", ["--advantage-estimator", "ppo"]),
+        ("loss_type: custom_loss", ["--loss-type", "custom_loss"]),
+        ("lr_decay_style: foo", ["--lr-decay-style", "foo"]),
+        ("kl_loss_type: kk", ["--kl-loss-type", "kk"]),
+    ],
+)
+def test_what_the_command_line_refuses_the_custom_config_cannot_set(tmp_path, line, words):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"{line}\nmy_setting: 1\n")
+    told = message(*words).split(" (choose from")[0]  # Python's versions quote the choices or not
+    assert message("--custom-config-path", str(config)).startswith(f"--custom-config-path {config}: {told}")
+    if "invalid choice" in told:
+        assert told in message("--custom-config-path", str(config), host="slime")
+    else:
+        assert parse("--custom-config-path", str(config), host="slime").my_setting == 1
+
+
+def test_the_custom_config_may_say_what_is_so_anyway(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("optimizer: adam\nkeep_old_actor: false\nrm_type: null\nattention_dropout: 0.0\nfp16: false\n")
+    assert parse("--custom-config-path", str(config)).optimizer == "adam"
+    config.write_text("optimizer: sgd\nkl_loss_type: kk\n")
+    assert len(message("--custom-config-path", str(config)).splitlines()) == 2
