@@ -18,7 +18,7 @@ from slime_local import tracking
 from slime_local.checkpoint import find_start, saved_iterations
 from slime_local.data import read_numbered_rows, row_tools, split_slice
 from slime_local.errors import UsageError
-from slime_local.flags import MODEL_SHAPE, check_combinations, load_flags
+from slime_local.flags import MODEL_SHAPE, REFUSED, EvalDataset, check_combinations, load_flags
 from slime_local.hf_folder import (
     SAVED_FILES,
     check_hf_folder,
@@ -28,6 +28,13 @@ from slime_local.hf_folder import (
     weight_files,
 )
 from slime_local.plugins import EQUIVALENTS, SFT_ROLLOUT, load_function
+from slime_local.sampling import (
+    MAX_REQUESTS,
+    ParameterError,
+    SamplingParams,
+    eval_sampling_params,
+    rollout_sampling_params,
+)
 
 PLUGIN_FLAGS = (
     "rollout_function_path",
@@ -66,11 +73,13 @@ def check(args: Namespace, host: str) -> None:
         _check_family,
         _check_start,
         _check_top_p,
+        _check_sampling,
         _check_outputs,
         _check_overwriting,
         _check_templates,
         _check_save_hf,
         tracking.check,
+        _check_server,
         _check_port,
         _check_memory,
     ]
@@ -228,6 +237,45 @@ def _check_top_p(args: Namespace) -> None:
     """slime replays what a token was drawn from in training; this trainer does not."""
     if args.rollout_top_p != 1.0 and not (args.debug_train_only or args.debug_rollout_only):
         raise UsageError("--rollout-top-p must be 1.0 in training: the trainer's log-probs are over all tokens")
+
+
+def _check_sampling(args: Namespace) -> None:
+    """By the engine's own rules: what it refuses would end the run at its first request, or at its first evaluation,
+    which may be hours later."""
+    if fault := _sampling_fault(rollout_sampling_params(args)):
+        raise UsageError(f"--rollout-{_setting(fault).replace('_', '-')} {fault.told}")
+    lines = [_evaluation_fault(args, dataset) for dataset in args.eval_datasets]
+    if any(lines):
+        raise UsageError("\n".join(filter(None, lines)))
+
+
+def _evaluation_fault(args: Namespace, dataset: EvalDataset) -> str | None:
+    where = f"--eval-config {args.eval_config}: data set {dataset.name!r}:"
+    count = dataset.n_samples_per_eval_prompt
+    if dataset.rm_type is not None:
+        return f"{where} rm_type works under slime only (--host slime): here {REFUSED['--rm-type']}"
+    if type(count) is not int or count < 1:
+        return f"{where} n_samples_per_eval_prompt {str(count)[:40]} must be 1 or more"
+    fault = _sampling_fault(eval_sampling_params(dataset))
+    if fault is None:
+        return None
+    name = _setting(fault)
+    if getattr(args, f"eval_{name}", None) == getattr(dataset, name):  # not the data set's own
+        return f"--eval-{name.replace('_', '-')} {fault.told}"
+    return f"{where} {name} {fault.told}"
+
+
+def _sampling_fault(params: dict[str, Any]) -> ParameterError | None:
+    try:
+        SamplingParams.from_payload(params)
+    except ParameterError as error:
+        return error
+    return None
+
+
+def _setting(fault: ParameterError) -> str:
+    """The run's name of a sampling parameter."""
+    return "max_response_len" if fault.name == "max_new_tokens" else fault.name
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------
@@ -430,8 +478,20 @@ def _cgroup_available() -> int | None:
 # ---- Port ----------------------------------------------------------------------------------------------------
 
 
+def _check_server(args: Namespace) -> None:
+    if args.sglang_server_concurrency > MAX_REQUESTS:
+        raise UsageError(
+            f"--sglang-server-concurrency {args.sglang_server_concurrency}: the server on this machine takes at most "
+            f"{MAX_REQUESTS} requests at a time"
+        )
+    if ":" in (args.sglang_router_ip or ""):
+        raise UsageError(
+            f"--sglang-router-ip {args.sglang_router_ip}: the server on this machine has an IPv4 address or a name"
+        )
+
+
 def _check_port(args: Namespace) -> None:
-    if args.sglang_router_port is None or args.debug_train_only:
+    if args.sglang_router_port is None or args.debug_train_only or ":" in (args.sglang_router_ip or ""):
         return
     host = args.sglang_router_ip or "127.0.0.1"
     with socket.socket() as probe:

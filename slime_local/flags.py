@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from slime_local.errors import UsageError
+from slime_local.sampling import GREEDY_BELOW
 
 FLAG_FILE = Path(__file__).with_name("slime-flags.tsv")
 # The list holds at most this many characters of a flag's choices; longer ones are cut and cannot be checked.
@@ -604,7 +605,10 @@ def _derive_lengths(args: argparse.Namespace) -> None:
 def check_combinations(args: argparse.Namespace) -> None:
     """Raise UsageError, one line for each rule of slime and Megatron that the flags break together."""
     rules = [
-        (args.rollout_temperature <= 0, "--rollout-temperature must be above 0: greedy decoding is not a policy"),
+        (
+            args.rollout_temperature < GREEDY_BELOW,
+            f"--rollout-temperature must be above 0 ({GREEDY_BELOW} or more): greedy decoding is not a policy",
+        ),
         (args.num_rollout is None and args.num_epoch is None, "give --num-rollout or --num-epoch"),
         (
             args.num_rollout is None and not args.rollout_global_dataset,
@@ -720,6 +724,7 @@ EVAL_KINDS = {
     **dict.fromkeys("custom_rm_path custom_generate_function_path input_key label_key tool_key".split(), str | None),
     **dict.fromkeys("n_samples_per_eval_prompt top_k max_response_len min_new_tokens".split(), int | None),
     **dict.fromkeys("temperature top_p repetition_penalty".split(), int | float | None),
+    "apply_chat_template": bool | None,
     "metadata_overrides": dict,
 }
 

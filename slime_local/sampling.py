@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_REQUESTS = 1024  # that a server reads, lets wait or runs; what comes on top is answered 503 before it is read
 LARGEST_NUMBER = 1e9  # of a sampling parameter
 GREEDY_BELOW = 1e-6  # SGLang's: a lower temperature takes the likeliest token, and log-probs at temperature 1
 # Parameters of SGLang's that are accepted with these values, which change nothing; a text is never trimmed here.
@@ -17,11 +18,11 @@ class RequestError(Exception):
 
 
 class ParameterError(RequestError):
-    """A sampling parameter that is refused: its `name`, and `fault`, which begins with its value."""
+    """A sampling parameter that is refused: its `name`, and `told`, its value and why."""
 
     def __init__(self, name: str, value: object, why: str) -> None:
-        self.name, self.fault = name, f"{str(value)[:40]} {why}"
-        super().__init__(f"sampling_params.{name}={self.fault}")
+        self.name, self.told = name, f"{str(value)[:40]} {why}"
+        super().__init__(f"sampling_params.{name}={self.told}")
 
 
 @dataclass
@@ -68,7 +69,7 @@ class SamplingParams:
         self._require("top_k", -1 <= self.top_k < LARGEST_NUMBER, "-1 or more")
         self._require("max_new_tokens", 1 <= self.max_new_tokens < LARGEST_NUMBER, "1 or more")
         self._require("min_new_tokens", 0 <= self.min_new_tokens < LARGEST_NUMBER, "0 or more")
-        self._require("stop", _is_list_of(self.stop, str) and "" not in self.stop, "a list of texts")
+        self._require("stop", _is_list_of(self.stop, str) and "" not in self.stop, "a list of texts, none empty")
         self._require("stop_token_ids", _is_list_of(self.stop_token_ids, int), "a list of token ids")
         seed = self.sampling_seed
         self._require("sampling_seed", seed is None or (type(seed) is int and 0 <= seed < 2**64), "0 or more")

@@ -20,10 +20,9 @@ from pathlib import Path
 
 from slime_local.errors import UsageError
 from slime_local.lasting import lasting
-from slime_local.sampling import RequestError
+from slime_local.sampling import MAX_REQUESTS, RequestError
 
 MAX_REQUEST_BYTES = 16 * 2**20
-MAX_REQUESTS = 1024  # that are read, wait or run; what comes on top is answered 503 before its body is read
 BODY_SECONDS = 60.0  # in which a request's body has to arrive
 LONGEST_RID = 200  # characters of a request's own name
 

@@ -1,10 +1,13 @@
 """slime's command line: names, types, defaults, what is derived, and what this host says of each flag."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from slime_local.checks import _check_sampling, _check_server
 from slime_local.errors import UsageError
 from slime_local.flags import (
     ALLOWED_VALUES,
@@ -215,3 +218,79 @@ def test_the_custom_config_may_say_what_is_so_anyway(tmp_path):
     assert parse("--custom-config-path", str(config)).optimizer == "adam"
     config.write_text("optimizer: sgd\nkl_loss_type: kk\n")
     assert len(message("--custom-config-path", str(config)).splitlines()) == 2
+
+
+# ---- Sampling settings, by the engine's rules ----------------------------------------------------------------
+
+
+def sampling_fault(*words: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        _check_sampling(parse(*words))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--rollout-top-p", "0"], "--rollout-top-p 0.0 must be in (0, 1]"),
+        (["--rollout-stop", ""], "--rollout-stop [''] must be a list of texts, none empty"),
+        (["--eval-top-p", "0"], "--eval-top-p 0.0 must be in (0, 1]"),
+        (["--eval-top-p", "-1"], "--eval-top-p -1.0 must be in (0, 1]"),
+    ],
+)
+def test_sampling_flags_that_the_engine_would_refuse(words, told):
+    assert sampling_fault(*words, "--eval-prompt-data", "a", "b.jsonl", "c", "d.jsonl").splitlines()[0] == told
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("temperature: -1", "temperature -1 must be 0 or more, and finite"),
+        ("temperature: .nan", "temperature nan must be 0 or more, and finite"),
+        ("top_p: 0", "top_p 0 must be in (0, 1]"),
+        ("top_p: 1.5", "top_p 1.5 must be in (0, 1]"),
+        ("top_k: -2", "top_k -2 must be -1 or more"),
+        ("n_samples_per_eval_prompt: 0", "n_samples_per_eval_prompt 0 must be 1 or more"),
+        ("n_samples_per_eval_prompt: true", "n_samples_per_eval_prompt True must be 1 or more"),
+        ("max_response_len: 0", "max_response_len 0 must be 1 or more"),
+        ("min_new_tokens: -3", "min_new_tokens -3 must be 0 or more"),
+        ("repetition_penalty: 1.1", "repetition_penalty 1.1 is not supported here"),
+        ("no_stop_trim: false", "no_stop_trim False is not supported here"),
+        ("skip_special_tokens: x", "skip_special_tokens x must be true or false"),
+        ("stop_token_ids: 5", "stop_token_ids 5 must be a list of token ids"),
+        ("stop: ['']", "stop [''] must be a list of texts, none empty"),
+        ("rm_type: math", "rm_type works under slime only (--host slime): here give --custom-rm-path, or set the"),
+    ],
+)
+def test_an_evaluation_that_the_engine_would_refuse_is_named_before(tmp_path, line, told):
+    config = tmp_path / "eval.yaml"
+    config.write_text(f"eval:\n  datasets:\n    a: {{path: a.jsonl}}\n    b:\n      path: b.jsonl\n      {line}\n")
+    found = sampling_fault("--eval-config", str(config))
+    assert found.startswith(f"--eval-config {config}: data set 'b': {told}") and "\n" not in found
+    _check_sampling(parse())
+
+
+def test_what_the_engine_takes_is_not_refused(tmp_path):
+    config = tmp_path / "eval.yaml"
+    settings = "stop: abc, stop_token_ids: [999999], temperature: 0, top_p: 0.5, repetition_penalty: 1.0, top_k: 5"
+    config.write_text(f"eval:\n  datasets:\n    a: {{path: a.jsonl, max_response_len: 7, {settings}}}\n")
+    _check_sampling(parse("--eval-config", str(config), "--rollout-stop-token-ids", "151645", "151643"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--sglang-server-concurrency", "1025"], "--sglang-server-concurrency 1025: the server on this machine"),
+        (["--sglang-router-ip", "::1"], "--sglang-router-ip ::1: the server on this machine has an IPv4 address"),
+    ],
+)
+def test_what_the_server_of_this_machine_cannot_do(words, told):
+    with pytest.raises(UsageError) as caught:
+        _check_server(parse(*words))
+    assert str(caught.value).startswith(told) and "\n" not in str(caught.value)
+    _check_server(parse("--sglang-server-concurrency", "1024", "--sglang-router-ip", "127.0.0.1"))
+
+
+def test_a_check_loads_no_torch():
+    code = "import sys, slime_local.checks; print({'torch', 'transformers', 'aiohttp'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
