@@ -71,6 +71,8 @@ def find_start(args: Namespace) -> Start:
         if found is not None:
             resume = found.iteration is not None and not args.finetune
             return Start(found, resume, "resuming from" if resume else "starting with the weights of --load")
+    elif args.ref_load is None and args.ckpt_step is not None:
+        raise UsageError(f"--ckpt-step {args.ckpt_step} without --load: say which run's step that is")
     missing = "" if args.load is None else f"no checkpoint in --load {args.load} yet: "
     if args.ref_load is not None:
         found = reference_location(args)
@@ -82,12 +84,18 @@ def reference_location(args: Namespace) -> Location:
     """The weights that --ref-load (with --ref-ckpt-step) names. Raises UsageError when there are none."""
     if args.ref_load is None:
         raise UsageError("--use-kl-loss and --kl-coef need --ref-load: the folder with the reference model's weights")
-    found = locate(args.ref_load, args.ref_ckpt_step, "--ref-load", "--ref-ckpt-step")
+    found = locate(args.ref_load, _reference_step(args), "--ref-load", "--ref-ckpt-step")
     if found is None:
         raise UsageError(
             f"--ref-load {args.ref_load}: no checkpoint there (neither {TRACKER} nor a Hugging Face config.json)"
         )
     return found
+
+
+def _reference_step(args: Namespace) -> int | None:
+    """--ref-ckpt-step, else --ckpt-step, as slime takes it, which a Hugging Face folder has no use for."""
+    has_steps = (Path(args.ref_load) / TRACKER).is_file()
+    return args.ckpt_step if args.ref_ckpt_step is None and has_steps else args.ref_ckpt_step
 
 
 def locate(path: str | Path, step: int | None, flag: str, step_flag: str) -> Location | None:

@@ -287,11 +287,11 @@ def _evaluate(run: Run, rollout_id: int) -> None:
     if args.save_debug_rollout_data:
         samples = [sample for result in data.values() for sample in result["samples"]]
         save_debug_samples(args.save_debug_rollout_data, f"eval_{rollout_id}", samples)
-    path = args.custom_eval_rollout_log_function_path
+    path, step = args.custom_eval_rollout_log_function_path, _rollout_step(args, rollout_id)
     if path and load_function(path)(rollout_id, args, data, extra):
+        run.tracker.note({"eval/step": step}, step)  # or a resumed run would owe this evaluation again
         return
     metrics = extra | eval_metrics(args, data)
-    step = _rollout_step(args, rollout_id)
     run.tracker.log({**metrics, "eval/step": step}, step)
     scores = ", ".join(f"{name} {metrics[f'eval/{name}']:.3f}" for name in data)
     print(f"eval {rollout_id}: {scores or 'no number'} ({time.monotonic() - started:.0f} s)", flush=True)

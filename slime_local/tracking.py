@@ -43,14 +43,18 @@ class Tracker:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Record `metrics` at `step`. Values that are not numbers are left out."""
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-        if self.file is not None:
-            self._append({"step": step, **{name: _json_number(value) for name, value in numbers.items()}})
+        self.note(numbers, step)
         if self.tensorboard is not None:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, step)
             self.tensorboard.flush()
         if self.wandb is not None:
             self.wandb.log({**numbers, "step": step})
+
+    def note(self, numbers: dict[str, float], step: int) -> None:
+        """Record numbers in metrics.jsonl alone."""
+        if self.file is not None:
+            self._append({"step": step, **{name: _json_number(value) for name, value in numbers.items()}})
 
     def continue_at(self, first: dict[str, int]) -> None:
         """Take the rows out of metrics.jsonl that a resumed run is going to write again: those at or behind the step

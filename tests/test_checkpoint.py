@@ -11,8 +11,10 @@ import pytest
 import torch
 from training_setup import make_args, make_rollout, save_tiny_model, tiny_model
 
-from slime_local import checkpoint
+from slime_local import checkpoint, loop
 from slime_local.errors import UsageError
+from slime_local.flags import parse_args
+from slime_local.sample import Sample
 from slime_local.tracking import Tracker
 from slime_local.trainer import Trainer
 
@@ -188,6 +190,21 @@ def test_steps_are_chosen_by_their_flags(folder, tmp_path):
         start(folder, load=str(tmp_path), ckpt_step=9)
 
 
+def test_the_step_of_load_is_that_of_ref_load_where_it_has_none(folder, tmp_path):
+    """slime's rule, for the start and for the reference; a Hugging Face folder has no steps."""
+    trainer = new_trainer(folder, save=str(tmp_path))
+    for rollout_id in range(3):
+        trainer.save(rollout_id)
+    for load in (None, str(tmp_path / "new")):
+        assert start(folder, load=load, ref_load=str(tmp_path), ckpt_step=1).location.iteration == 1
+    assert start(folder, ref_load=str(tmp_path), ckpt_step=1, ref_ckpt_step=0).location.iteration == 0
+    assert start(folder, ref_load=str(folder), ckpt_step=1).location.iteration is None
+    args = make_args(folder, load=str(tmp_path), ref_load=str(tmp_path), ckpt_step=1)
+    assert checkpoint.reference_location(args).iteration == 1
+    with pytest.raises(UsageError, match="--ckpt-step 1 without --load"):
+        start(folder, ckpt_step=1)
+
+
 def test_folders_that_are_not_meant_are_named(folder, tmp_path):
     with pytest.raises(UsageError, match=rf"give --load {tmp_path} --ckpt-step 9"):
         start(folder, load=f"{tmp_path}/iter_0000009/")
@@ -310,3 +327,24 @@ def test_wandb_is_imported_only_when_asked_for_and_its_key_never_comes_from_args
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UsageError, match="pip install wandb"):
         Tracker(make_args(folder, use_wandb=True))
+
+
+def an_evaluation(*_, **__):
+    return {"pool": {"rewards": [1.0], "truncated": [False], "samples": [Sample(index=0)]}}
+
+
+def a_log_of_its_own(*_):
+    return True
+
+
+@pytest.mark.parametrize("logs", [None, f"{__name__}.a_log_of_its_own"])
+def test_an_evaluation_that_a_plug_in_logged_is_not_owed_by_a_resumed_run(tmp_path, logs):
+    words = "--num-rollout 2 --rollout-batch-size 2 --eval-interval 1 --skip-eval-before-train --save-interval 1"
+    args = parse_args([*words.split(), "--save", str(tmp_path), "--eval-prompt-data", "pool", "pool.jsonl"])
+    args.eval_function_path, args.custom_eval_rollout_log_function_path = f"{__name__}.an_evaluation", logs
+    run = loop.Run(args, None, None, None, Tracker(args), 2, None)
+    assert loop._evaluation_is_owed(run, 1)
+    loop._evaluate(run, 0)
+    assert not loop._evaluation_is_owed(run, 1)
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert ("eval/pool" in row) == (logs is None)
