@@ -42,7 +42,7 @@ KV_PANEL = 32
 class Slot:
     """Keys and values of one dialogue: `tokens` are the ids that they belong to.
 
-    kv [layers, 2, kv_heads, capacity, head_dim] grows with the dialogue: memory that no token needs is never touched.
+    kv [layers, 2, kv_heads, capacity, head_dim] grows with the dialogue, a quarter at a time.
     It is copied by whole KV_PANELs: within one, the kernels have an order of their own (kernels.c).
     """
 
@@ -73,7 +73,8 @@ def room_of_its_own(shape: list[int], like: Tensor) -> Tensor:
     takes turns with, slots of all sizes would leave holes."""
     if like.device.type != "cpu":
         return like.new_empty(shape)
-    memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
+    # A shared mapping, mmap's default, takes no huge pages where the system keeps them from shared memory.
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)

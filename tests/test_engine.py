@@ -130,6 +130,19 @@ def test_the_room_of_a_slot_goes_back_to_the_system_at_once():
     assert resident() < before + 100_000_000
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells a process's mappings there")
+def test_the_room_of_a_slot_can_have_huge_pages():
+    """Shared mappings have none where /sys/kernel/mm/transparent_hugepage/shmem_enabled says never."""
+    room = room_of_its_own([1 << 20], torch.empty(0))
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, permissions = line.split()[:2]
+        first, end = (int(address, 16) for address in addresses.split("-"))
+        if first <= room.data_ptr() < end:
+            assert permissions == "rw-p"
+            return
+    raise AssertionError("its mapping is not listed")
+
+
 async def test_a_new_episode_starts_from_the_shared_prefix(engine):
     system = list(range(200, 260))
     await engine.generate(request([*system, 1, 2, 3]))
