@@ -389,7 +389,7 @@ class Engine:
     def _finish_reason(self, request: Request, token: int) -> dict | None:
         params = request.params
         full = len(request.prompt) + len(request.output) >= self.max_context
-        if full or len(request.output) >= params.max_new_tokens:  # first, as in SGLang: even of a last token that ends
+        if full or len(request.output) >= params.max_new_tokens:  # first, as in slime's SGLang (0.5.15)
             return {"type": "length", "length": len(request.output)}
         if token in params.stop_token_ids or (token in self.eos and not params.ignore_eos):
             return {"type": "stop", "matched": token}
