@@ -273,7 +273,12 @@ def test_no_key_reaches_the_job_that_is_submitted_to_ray(run, tmp_path):
     """`ray` here writes down what it is given."""
     (tmp_path / "ray").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>"{tmp_path}/ray.txt"\n')
     (tmp_path / "ray").chmod(0o755)
-    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA_DIR": str(tmp_path / "data"), "PYTHON": sys.executable}
+    paths = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "DATA_DIR": str(tmp_path / "data"),
+        "SFT_DIR": str(tmp_path),
+        "PYTHON": sys.executable,
+    }
     paths |= {"RAY_ADDRESS": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1", "TAU2_DATA_DIR": "/x"}
     (tmp_path / "data").mkdir()
     for name in ("telecom_pool_tasks.jsonl", "teacher_traces.jsonl"):
