@@ -39,13 +39,17 @@ model_args() { # MODEL_ARGS of $MODEL
    source "$ROOT/scripts/models/$MODEL.sh"
 }
 
+submits() { # whether `launch` will submit a job
+   [ "$HOST" = slime ] && [ "${PRINT:-0}" != 1 ] && [ "${CHECK:-0}" != 1 ]
+}
+
 need_ray() { # fails where `launch` would, before anything is written
-   [ "$HOST" = local ] || [ "${PRINT:-0}" = 1 ] || [ "${CHECK:-0}" = 1 ] || command -v ray >/dev/null ||
+   ! submits || command -v ray >/dev/null ||
       fail "HOST=slime: no ray on PATH: run it in slime's image, or HOST=local"
 }
 
 need_start() { # need_start FOLDER LOAD: slime would look for its start only when the engines are up
-   [ "$HOST" = local ] || [ "${PRINT:-0}" = 1 ] || [ "${CHECK:-0}" = 1 ] || [ -e "$1" ] || [ -e "$2" ] ||
+   ! submits || [ -e "$1" ] || [ -e "$2" ] ||
       [[ $RAY_ADDRESS != http://127.0.0.1:* ]] || # the folders are those of another machine
       fail "$1 is not there: run run_sft.sh first, or set SFT_DIR to the checkpoint that GRPO starts from"
 }

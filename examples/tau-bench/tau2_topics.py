@@ -65,19 +65,21 @@ _TOPICS = {
         r"|\b(test|try) (it )?again\b|\bdid (that|it) (help|work)\b|\b(is|does) (it|that|everything) work(ing)?\b"
     ),
 }
-_TOPIC_PATTERNS = {topic: re.compile(pattern) for topic, pattern in _TOPICS.items()}
-TOGGLES = ("airplane", "data", "roaming", "saver", "vpn", "wifi", "wifi_calling")
-
-OFFERS = ("refuel", "plan", "payment")  # what costs money: the agent asks first
-# A wording of each topic that "it" can stand for.
-NAMES = {
+TOPIC_PATTERNS = {topic: re.compile(pattern) for topic, pattern in _TOPICS.items()}
+SWITCHES = {  # the phone's, as the customer calls them
     "airplane": "airplane mode",
     "data": "mobile data",
     "roaming": "roaming",
-    "saver": "data saver",
-    "vpn": "vpn",
-    "wifi": "wi-fi",
-    "wifi_calling": "wi-fi calling",
+    "saver": "Data Saver",
+    "vpn": "VPN",
+    "wifi": "Wi-Fi",
+    "wifi_calling": "Wi-Fi calling",
+}
+TOGGLES = tuple(SWITCHES)
+
+OFFERS = ("refuel", "plan", "payment")  # what costs money: the agent asks first
+# A wording of each topic that "it" can stand for.
+NAMES = {topic: name.lower() for topic, name in SWITCHES.items()} | {
     "mode": "network mode",
     "apn": "apn",
     "permissions": "permissions",
@@ -118,7 +120,7 @@ _ON_SOMETHING = re.compile(
 def find_topics(text: str) -> tuple[str, ...]:
     """Topics in the order in which the text names them; a place belongs to one topic only."""
     places: list[tuple[int, int, str]] = []
-    for topic, pattern in _TOPIC_PATTERNS.items():
+    for topic, pattern in TOPIC_PATTERNS.items():
         for match in pattern.finditer(text):
             if all(match.end() <= start or match.start() >= end for start, end, _ in places):
                 places.append((match.start(), match.end(), topic))
@@ -126,7 +128,7 @@ def find_topics(text: str) -> tuple[str, ...]:
 
 
 def without_topics(text: str) -> str:
-    for pattern in _TOPIC_PATTERNS.values():
+    for pattern in TOPIC_PATTERNS.values():
         text = pattern.sub(" ", text)
     return text
 

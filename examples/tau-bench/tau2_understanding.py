@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 
 from tau2_conditions import LED_BY, VERB, spelled_out, split
-from tau2_topics import OFFERS, TOGGLES, find_topics, fits, state, without_places, without_topics
+from tau2_topics import OFFERS, TOGGLES, TOPIC_PATTERNS, find_topics, fits, state, without_places, without_topics
 
 LONGEST_HEARD = 10_000  # characters of one message; some wordings below take time with its square
 REMEMBERED = 3  # sentences back, for what "it" stands for
@@ -120,7 +120,6 @@ _PAY = re.compile(
     r"|payment (is|has been) (made|complete\w*))\b"
 )
 _APPROVE = re.compile(r"\b(accept|approv|authori[sz])\w*")
-_RESTART = re.compile(r"\b(restart|reboot|power[- ]?cycle)\w*")
 _RESTART_HELPS = re.compile(r"\b(restart|reboot)\w*\b.*\b(help|fix|solve|resolve|work)")
 _OFF = re.compile(
     r"\b(disabl|deactivat)(e|ing)\b|\bdisconnect(ing)?\b|\b(exit|quit)(ing|ting)?\b|\bstop using\b"
@@ -155,7 +154,7 @@ _VERBS = (
     ("approve", _APPROVE),
     ("grant", _GRANT),
     ("reset", _RESET),
-    ("restart", _RESTART),
+    ("restart", TOPIC_PATTERNS["restart"]),
     ("off", _OFF),
     ("on", _ON),
 )
@@ -310,23 +309,23 @@ def _line_end(match: re.Match) -> str:
 
 def _parse_act(act: str, heard: _Heard) -> list[Request]:
     topics = find_topics(act)
-    if offer := _answered_offer(act, topics, heard):
-        return offer
-    requests = _Reader(act, heard).read()
-    heard.offered = tuple(topic for topic in topics if topic in OFFERS) or heard.offered
-    return requests
-
-
-def _answered_offer(act: str, topics: tuple[str, ...], heard: _Heard) -> list[Request]:
-    """Requests for an answer to what the agent offers to do itself; [] when it offers nothing."""
     offered = tuple(topic for topic in topics if topic in OFFERS)
+    answers = _offers_something(act, topics, offered)
+    requests = [] if answers else _Reader(act, heard).read()
+    heard.offered = offered or heard.offered
+    return _answers_to(heard.offered, act) if answers else requests
+
+
+def _offers_something(act: str, topics: tuple[str, ...], offered: tuple[str, ...]) -> bool:
+    """Whether the agent offers to do something itself, or asks for consent to what it has offered."""
     itself = _OFFERS_ITSELF.search(act) and act.endswith("?") and "resolved" not in topics
     statement = _MAY_BE_HAD.search(act) and _MAY.search(act) and set(offered) & {"refuel", "plan"}
     asks = not topics and _CONSENT.search(act)
-    if not (itself or statement or asks):
-        return []
-    heard.offered = offered or heard.offered
-    actions = [(topic, "agree" if topic == "payment" else "check") for topic in heard.offered]
+    return bool(itself or statement or asks)
+
+
+def _answers_to(offered: tuple[str, ...], act: str) -> list[Request]:
+    actions = [(topic, "agree" if topic == "payment" else "check") for topic in offered]
     return [Request(topic, action, act) for topic, action in actions or [("consent", "check")]]
 
 

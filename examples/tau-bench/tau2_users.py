@@ -21,22 +21,13 @@ from tau2_conditions import NOT, is_failure, is_outcome, opposite, parts
 from tau2_llm_customer import CONCURRENCY, DEFAULT_MODEL, LLMCustomer, UnusableCustomer
 from tau2_moods import Mood, make_mood, problem_with
 from tau2_phone import CHECK_TOOLS, Call, action_calls, check_call, read_phone, switch_call
-from tau2_topics import OFFERS, TOGGLES, find_topics, state
+from tau2_topics import OFFERS, SWITCHES, TOGGLES, find_topics, state
 from tau2_understanding import LONGEST_HEARD, TRANSFERRED, Request, parse
 
 STOP, TRANSFER, OUT_OF_SCOPE = "###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###"
 SCRIPTED_VERSION = "2"
 PATIENCE = 3  # messages without anything to do, or repeats of one request with one answer, before hanging up
 
-_NAMES = {  # what it calls the phone's switches
-    "airplane": "airplane mode",
-    "data": "mobile data",
-    "roaming": "roaming",
-    "saver": "Data Saver",
-    "vpn": "VPN",
-    "wifi": "Wi-Fi",
-    "wifi_calling": "Wi-Fi calling",
-}
 # What shows whether the customer's problem is solved.
 _ISSUE_TESTS = {"service": "status_bar", "data": "speed", "mms": "mms"}
 
@@ -299,7 +290,7 @@ class ScriptedCustomer:
 
     def _switch(self, topic: str, wanted: str, answer: _Answer) -> list[Call]:
         if self.facts.get(topic) == wanted:
-            answer.say("" if topic in answer.switched else f"{_NAMES[topic]} is already {wanted}")
+            answer.say("" if topic in answer.switched else f"{SWITCHES[topic]} is already {wanted}")
             return []
         answer.done = True
         answer.switched.add(topic)
@@ -394,8 +385,8 @@ class ScriptedCustomer:
     def _say(self, topic: str) -> str:
         """What the customer says about a topic, from its scenario or from the phone's last outputs."""
         facts = self.facts
-        if topic in _NAMES:
-            return f"{_NAMES[topic]} is {facts.get(topic)}"
+        if topic in SWITCHES:
+            return f"{SWITCHES[topic]} is {facts.get(topic)}"
         if topic in _SCENARIO_TOPICS:
             return self._say_about_me(topic)
         if topic == "network":
