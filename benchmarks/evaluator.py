@@ -39,12 +39,12 @@ from aiohttp import web
 from common import Seconds, measure, need, parser, ratio, smollm2_dir, spread, timed, write_result
 
 import evaluate_tau2
-from generate_with_tau import TokenAgent, TurnTokens
 from openai_tool_adapter import load_chat_template, render_turn
 from tau2_domains import load_tasks, load_tau2
 from tau2_episode import AgentToolCall, AgentTurn, EpisodeConfig, run_episode
 from tau2_teacher import ScriptedTeacher
 from tau2_users import ScriptedCustomer
+from token_agent import TokenAgent, TurnTokens
 
 CONCURRENCY, LATENCY, MODEL = 64, 0.2, "stand-in"
 LOOK_UPS = 14

@@ -34,14 +34,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import partial_credit
 
 import evaluate_tau2
-import generate_with_tau
 import sensitivity
 import summarize
 import tau2_mock
 import tau2_results
 import teacher_traces
+import token_agent
 import train
-from generate_with_tau import GenerationError, TokenAgent, TokenLimits
+from http_client import close_session
 from openai_tool_adapter import load_chat_template, parse_turn, render_turn
 from slime_local import checkpoint, server, smollm2
 from slime_local.checks import _check_dialogue, _check_row
@@ -55,6 +55,7 @@ from tau2_domains import agent_tools, load_tasks, read_task
 from tau2_episode import AgentTurn, EndEpisode, EpisodeConfig, run_episode
 from tau2_errors import BadInput
 from tau2_users import ScriptedCustomer
+from token_agent import GenerationError, TokenAgent, TokenLimits
 
 pytestmark = [
     pytest.mark.usefixtures("own_signal_handler"),
@@ -513,7 +514,7 @@ ANSWER = {
 
 
 def check_answer(answer: Any) -> None:
-    found = one_line(lambda: generate_with_tau._read_answer(answer, 49152), GenerationError)
+    found = one_line(lambda: token_agent._read_answer(answer, 49152), GenerationError)
     if found:
         ids, log_probs, meta_info = found
         assert len(ids) == len(log_probs) and all(type(i) is int and 0 <= i < 49152 for i in ids)
@@ -595,7 +596,7 @@ class Calls:
         return f"http://{host}:{port}"
 
     def close(self) -> None:
-        self.run(generate_with_tau.close_session())
+        self.run(close_session())
         self.run(self.session.close())
         self.run(self.runner.cleanup())
         self.loop.close()

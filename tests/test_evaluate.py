@@ -112,7 +112,7 @@ def test_trials_are_sampled_with_seeds_of_their_own(evaluate, model):
 
 
 def test_an_infrastructure_failure_is_tried_again(evaluate, model, monkeypatch):
-    monkeypatch.setattr("generate_with_tau.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("token_agent.FIRST_WAIT", 0.01)
     model.behave = lambda number, payload: 400 if number == 2 else None
     code, result = evaluate("--num-tasks", "3")
     assert code == 0 and result["pass_at_1"] == 1.0

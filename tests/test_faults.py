@@ -19,12 +19,13 @@ from fake_openai import FakeAgent, FakeProvider, serving_openai
 from fault_table import record
 
 import evaluate_tau2
-import generate_with_tau
 import tau2_llm_customer
 import tau2_mock
 import teacher_traces
+import token_agent
 import train
-from generate_with_tau import close_session, generate
+from generate_with_tau import generate
+from http_client import close_session
 from openai_tool_adapter import load_chat_template
 from slime_local import checkpoint
 from slime_local.sample import Sample
@@ -51,7 +52,7 @@ BROKEN = "2"  # session id of the sample that the fault hits
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(generate_with_tau, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(token_agent, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(tau2_llm_customer, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(tau2_llm_customer, "GRACE", 0.3)
     monkeypatch.setattr(tau2_llm_customer, "_preflights", {})
@@ -166,7 +167,7 @@ def be_quick_where_it_hangs(name, args, monkeypatch) -> None:
     """Time-outs that a test can wait for, and a busy machine still keeps."""
     if name in ("hangs", "hang"):
         args.tau2_generate_timeout = 3 if name == "hangs" else 60
-        monkeypatch.setattr(generate_with_tau, "ATTEMPTS", 2)
+        monkeypatch.setattr(token_agent, "ATTEMPTS", 2)
         monkeypatch.setattr(tau2_llm_customer, "GRACE", 2)
 
 
@@ -253,7 +254,7 @@ def evaluate(model, smol_dir, tmp_path, monkeypatch):
         yield run
 
 
-class QuickAgent(generate_with_tau.TokenAgent):
+class QuickAgent(token_agent.TokenAgent):
     """A time-out that a test can wait for; everything else is the evaluator's own."""
 
     def __init__(self, *args, **options) -> None:

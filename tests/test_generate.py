@@ -8,7 +8,9 @@ import pytest
 from fake_generate import FakeModel, serving
 
 import generate_with_tau
-from generate_with_tau import TokenAgent, TokenLimits, check_args, close_session, generate, redraws_ids
+import token_agent
+from generate_with_tau import check_args, generate, redraws_ids
+from http_client import close_session
 from openai_tool_adapter import ChatTemplate, load_chat_template
 from slime_local.flags import EvalDataset
 from slime_local.rollout import _eval_samples
@@ -19,6 +21,7 @@ from tau2_errors import BadInput
 from tau2_mock import make_rows, write_jsonl
 from tau2_settings import Settings, read_settings
 from tau2_users import ScriptedCustomer
+from token_agent import TokenAgent, TokenLimits
 
 TASKS = {issue_type(task.id): task for task in load_tasks("telecom", "test")}
 PARAMS = {"temperature": 0.7, "max_new_tokens": 4096, "stop_token_ids": None, "no_stop_trim": True}
@@ -32,7 +35,7 @@ async def closed():
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(generate_with_tau, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(token_agent, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import evaluate_tau2
 import generate_with_tau
 import tau2_llm_customer
 import teacher_traces
+from http_client import close_session
 from openai_tool_adapter import load_chat_template
 from slime_local.sample import Sample
 from tau2_domains import load_tasks
@@ -445,7 +446,7 @@ def args(smol_dir, base):
 @pytest.fixture(autouse=True)
 async def closed():
     yield
-    await generate_with_tau.close_session()
+    await close_session()
 
 
 def make_sample():

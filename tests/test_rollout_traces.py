@@ -12,7 +12,8 @@ from fake_generate import FakeModel, serving
 import evaluate_tau2
 import rollout_traces
 import teacher_traces
-from generate_with_tau import close_session, generate
+from generate_with_tau import generate
+from http_client import close_session
 from openai_tool_adapter import ChatTemplate, load_chat_template, render_turn
 from slime_local.masks import LossMasker
 from slime_local.sample import Sample

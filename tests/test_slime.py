@@ -29,7 +29,7 @@ import conftest
 from conftest import EXAMPLE, ROOT
 from fake_generate import FakeModel, serving
 
-from generate_with_tau import TokenAgent, close_session
+from http_client import close_session
 from openai_tool_adapter import ChatTemplate, load_chat_template, render_turn
 from slime_local.engine import RequestError
 from slime_local.flags import HONOURED, REFUSED, load_flags, parse_args
@@ -41,6 +41,7 @@ from tau2_mock import make_rows, write_jsonl
 from tau2_reward_shaping import shaped_reward
 from tau2_teacher import AlwaysTransfer, DoNothing, ScriptedTeacher
 from teacher_traces import make_row
+from token_agent import TokenAgent
 
 needs_parser = pytest.mark.skipif(bool(can_parse()), reason=can_parse())
 

@@ -22,8 +22,9 @@ from fake_generate import serving
 from fault_table import record
 from test_faults import SERVER_FAULTS, FaultyModel
 
-import generate_with_tau
-from generate_with_tau import close_session, generate
+import token_agent
+from generate_with_tau import generate
+from http_client import close_session
 from openai_tool_adapter import load_chat_template
 from slime_local.sample import Sample
 from tau2_domains import load_tasks
@@ -135,7 +136,7 @@ def check_soak(smol_dir, episodes: int) -> str:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(generate_with_tau, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(token_agent, "FIRST_WAIT", 0.01)
 
 
 def test_a_short_soak(smol_dir):

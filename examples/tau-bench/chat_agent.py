@@ -25,12 +25,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from generate_with_tau import sampling_seed
 from http_client import RequestFailed, UnusableAnswer, close_session, post_json
 from openai_tool_adapter import ParsedTurn, parse_turn, read_call
 from tau2_episode import AgentToolCall, AgentTurn, EndEpisode, EndReason
 from tau2_errors import BadInput
 from tau2_llm_customer import PREFLIGHT_RETRIES, mask, wrong_arguments
+from token_agent import sampling_seed
 
 CHAT = "chat"
 KEY_VARIABLE = "OPENAI_API_KEY"

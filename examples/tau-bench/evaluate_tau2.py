@@ -39,7 +39,7 @@ from typing import Any
 from tqdm import tqdm
 
 import chat_agent
-from generate_with_tau import TURN_TOKENS, TokenAgent, TokenLimits, close_session, model_context, sampling_seed
+from http_client import close_session
 from model_server import (
     Server,
     check_checkpoint,
@@ -77,6 +77,7 @@ from tau2_results import ROWS_FORMAT, RowsFile, check_output, read_result, rows_
 from tau2_reward_shaping import partial_score
 from tau2_teacher import AGENTS, AlwaysTransfer
 from tau2_users import customer_name, has_model, repeats_itself
+from token_agent import TURN_TOKENS, TokenAgent, TokenLimits, model_context, sampling_seed
 
 CHECKPOINT = "checkpoint"
 TRIES = 3  # of an episode that the machinery broke

@@ -1,6 +1,6 @@
 """JSON over HTTP to a model server, tried again a bounded number of times.
 
-A library, used by generate_with_tau.py and chat_agent.py. Call `close_session` before an event loop ends that made
+A library, used by token_agent.py and chat_agent.py. Call `close_session` before an event loop ends that made
 calls.
 """
 

@@ -4,7 +4,7 @@ Two halves:
 - `parse_turn`, `render_turn`: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, the dialect of Qwen3.
 - `ChatTemplate`: token ids of the first prompt, later of new messages alone: no sampled token is ever rendered again.
 
-A library: used by generate_with_tau.py, chat_agent.py and evaluate_tau2.py.
+A library: used by token_agent.py, generate_with_tau.py, chat_agent.py and evaluate_tau2.py.
 """
 
 from __future__ import annotations
