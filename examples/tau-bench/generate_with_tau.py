@@ -19,6 +19,8 @@ tau2_settings.py reads and checks them all:
     tau2_data: null                  tasks JSONL, for rows whose metadata hold no task
     tau2_retries: 1                  new tries of an episode that the machinery broke
     tau2_generate_timeout: 900       seconds for one /generate call
+    tau2_teacher_samples: 0          of each group, that the scripted teacher plays: see tau2_demonstrations.py
+    tau2_teacher_style: checks       or checklist
     tau2_partial_alpha: 0.5          tau2_partial_matching, tau2_customer_tool_penalty: see tau2_reward_shaping.py
     tau2_curriculum_tries: 8         and others: see tau2_curriculum.py
 
@@ -35,11 +37,12 @@ import random
 import sys
 import time
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from openai_tool_adapter import load_chat_template
+from tau2_demonstrations import TaughtAgent, check_teacher, is_taught
 from tau2_domains import tasks_by_id
 from tau2_episode import (
     EndReason,
@@ -80,18 +83,19 @@ async def generate(args: Any, sample: Any, sampling_params: dict, evaluation: bo
 async def _generate(args: Any, sample: Any, sampling_params: dict, evaluation: bool) -> Any:
     settings = read_settings(args)
     config, task = episode_config(settings, sample.metadata or {}), find_task(settings, sample)
+    taught = not evaluation and is_taught(args, settings, sample)
     await customer_checked(config)
     config = replace(config, redraw_ids=redraws_ids(args, settings, sample, task))
     began = time.perf_counter()
     for _ in range(1 + settings.retries):
-        agent = _make_agent(args, settings, sample, sampling_params, evaluation)
+        agent = _make_agent(args, settings, sample, sampling_params, evaluation, taught)
         episode = await run_episode(task, agent, config, episode_seed(args, sample), lambda: _slime_is_aborting(args))
         _judge_silent(agent, episode)
         if not episode.end_reason.is_infrastructure or episode.end_reason is EndReason.GENERATION_ABORTED:
             break
         logger.warning("sample %s: %s: %s", sample.index, episode.end_reason.value, episode.detail)
     sample.non_generation_time = max(0.0, time.perf_counter() - began - episode.agent_seconds)
-    return _finish(args, sample, agent, episode, config.redraw_ids)
+    return _finish(args, sample, agent, episode, {"redraw_ids": config.redraw_ids, "taught": taught})
 
 
 def check_args(args: Any) -> None:
@@ -103,6 +107,7 @@ def check_args(args: Any) -> None:
         _tasks_by_index(settings.data)
     for path in _eval_paths(args):
         eval_trials(args, path)
+    check_teacher(args, settings, config.domain)
     check_customer(config)
 
 
@@ -211,12 +216,15 @@ def _tasks_by_index(path: str) -> dict[int, dict]:
         raise BadInput(f"{path}: not a tasks file of tau2_mock.py ({error!r})") from error
 
 
-def _make_agent(args: Any, settings: Settings, sample: Any, sampling_params: dict, evaluation: bool) -> TokenAgent:
+def _make_agent(
+    args: Any, settings: Settings, sample: Any, sampling_params: dict, evaluation: bool, taught: bool
+) -> TokenAgent:
     folder = getattr(args, "hf_checkpoint", None)
     if not folder:
         raise BadInput("--hf-checkpoint is not set: the tokenizer is read from there")
     template_kwargs = getattr(args, "apply_chat_template_kwargs", None) or {}
-    return TokenAgent(
+    make = partial(TaughtAgent, style=settings.teacher_style) if taught else TokenAgent
+    return make(
         load_chat_template(str(folder), json.dumps(template_kwargs, sort_keys=True)),
         f"http://{args.sglang_router_ip}:{args.sglang_router_port}/generate",
         sampling_params,
@@ -251,8 +259,9 @@ def _slime_is_aborting(args: Any) -> bool:
 # Into the sample
 
 
-def _finish(args: Any, sample: Any, agent: TokenAgent, episode: Episode, redrawn: bool) -> Any:
-    record = {**_record(agent, episode), "redraw_ids": redrawn}
+def _finish(args: Any, sample: Any, agent: TokenAgent, episode: Episode, how: dict) -> Any:
+    """how: what the record says of it besides: with redrawn ids or not, by the teacher or not."""
+    record = {**_record(agent, episode), **how}
     if episode.end_reason.is_infrastructure:
         return _remove(args, sample, record)
     if not agent.turns:

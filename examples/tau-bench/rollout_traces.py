@@ -152,7 +152,8 @@ def agent_turns(messages: list[dict]) -> list[dict]:
 def _failed(episode: Recorded, domain: str) -> bool:
     """An episode of the domain that came to its end unsolved."""
     record = episode.record
-    return episode.domain == domain and record.get("reward") is not None and not record.get("solved")
+    own = episode.domain == domain and not record.get("taught")
+    return own and record.get("reward") is not None and not record.get("solved")
 
 
 def _why_not(episode: Recorded, domain: str, bar: Callable[[str], str | None], has_template: bool) -> str | None:
@@ -161,6 +162,8 @@ def _why_not(episode: Recorded, domain: str, bar: Callable[[str], str | None], h
         return f"no episode, {record.get('end_reason', 'unknown')}"
     if episode.domain != domain:
         return "other domain"
+    if record.get("taught"):
+        return "played by the teacher"
     if not record.get("solved"):
         return f"not solved, {record['end_reason']}"
     return bar(episode.task_id) or _bad_example(episode, has_template)

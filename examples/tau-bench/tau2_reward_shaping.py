@@ -121,14 +121,14 @@ def tau2_reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[fl
     """(raw_rewards, rewards), both of len(samples): the binary rewards, and the shaped ones normalised per group.
 
     Groups are the samples of one prompt (`group_index`), of whatever sizes. Samples that hold no episode (aborted or
-    failed) get 0.0 and stay out of their group's mean and standard deviation; their raw reward, which is only logged,
-    is the mean of the others, so that what broke does not count as failed. Raises RuntimeError when no episode can run
-    (see `refuse_lost`).
+    failed) get 0.0 and stay out of their group's mean and standard deviation. The raw rewards are only logged: in
+    place of such a sample's, and of the teacher's (tau2_demonstrations.py), stands the mean of the others, so that the
+    log shows how the model does. Raises RuntimeError when no episode can run (see `refuse_lost`).
     """
     refuse_lost(args, samples, whole_batch=True)
-    kept = [_binary(args, sample) for sample in samples if is_episode(sample)]
-    filling = statistics.fmean(kept) if kept else 0.0
-    raw = [_binary(args, sample) if is_episode(sample) else filling for sample in samples]
+    own = [_binary(args, sample) for sample in samples if is_own_episode(sample)]
+    filling = statistics.fmean(own) if own else 0.0
+    raw = [_binary(args, sample) if is_own_episode(sample) else filling for sample in samples]
     shaped = [trained_reward(args, sample) if is_episode(sample) else 0.0 for sample in samples]
     return raw, _normalise(args, samples, shaped)
 
@@ -138,6 +138,11 @@ def is_episode(sample: Any) -> bool:
     loss (`remove_sample`) does: it has its place in its group's mean and deviation, as slime says of that flag."""
     status = type(sample).Status
     return sample.status not in (status.ABORTED, status.FAILED)
+
+
+def is_own_episode(sample: Any) -> bool:
+    """Whether it holds an episode that the model played: one of the teacher's is trained on and says nothing of it."""
+    return is_episode(sample) and not _record(sample).get("taught", False)
 
 
 def _normalise(args: Any, samples: Sequence[Any], shaped: list[float]) -> list[float]:
@@ -253,16 +258,17 @@ def process_all_samples(args: Any, groups: Sequence[Sequence[Any]], data_source:
     args.all_groups_metrics = group_metrics(args, groups)
     source = getattr(data_source, "__self__", data_source)
     if hasattr(source, "record_outcomes"):
-        source.record_outcomes(sample for group in groups for sample in group if is_episode(sample))
+        source.record_outcomes(sample for group in groups for sample in group if is_own_episode(sample))
         args.all_groups_metrics |= source.metrics()
 
 
 def group_kind(args: Any, samples: Sequence[Any]) -> SimpleNamespace:
-    """`outcome` of a group: failed (none solved), solved (all), mixed, or broken (fewer than two episodes).
-    `has_gradient`: whether the trained rewards differ."""
+    """`outcome` of a group for the model: failed (none solved), solved (all), mixed, or broken (fewer than two
+    episodes, or none of its own). `has_gradient`: whether the trained rewards differ, the teacher's among them."""
     kept = [sample for sample in samples if is_episode(sample)]
-    binary, trained = [_binary(args, s) for s in kept], [trained_reward(args, s) for s in kept]
-    if len(kept) < 2:
+    trained = [trained_reward(args, sample) for sample in kept]
+    binary = [_binary(args, sample) for sample in kept if is_own_episode(sample)]
+    if len(kept) < 2 or not binary:
         outcome = "broken"
     elif max(binary) - min(binary) > SPREAD:
         outcome = "mixed"
@@ -368,18 +374,23 @@ def _hand_over(args: Any, rollout_id: int, extra: dict | None, metrics: dict, st
 
 
 def episode_metrics(args: Any, samples: Iterable[Any]) -> dict[str, float]:
-    """Means over the samples that hold an episode, end reasons over all of them.
+    """Means over the samples that hold an episode of the model's own, end reasons over all but the teacher's.
 
     Keys: stop/REASON (fractions that add up to 1), aborted (count), pass_rate, pass_rate/ISSUE_TYPE, partial_score,
     shaped_reward (the trained one), turns, steps, tool_errors, customer_tool_calls, customer_tool_calls/share (of the
-    episodes with any), seconds/generation, seconds/customer, seconds/other.
+    episodes with any), seconds/generation, seconds/customer, seconds/other; where the teacher played, taught (count)
+    and taught/pass_rate.
     """
-    samples = list(samples)
+    taught = [sample for sample in samples if _record(sample).get("taught")]
+    samples = [sample for sample in samples if not _record(sample).get("taught")]
     records = [_record(sample) for sample in samples]
     reasons = Counter(record.get("end_reason", "unknown") for record in records)
     metrics = {f"stop/{reason}": count / len(samples) for reason, count in sorted(reasons.items())}
     metrics["aborted"] = sum(not is_episode(sample) for sample in samples)
     kept = [(s, r) for s, r in zip(samples, records, strict=True) if is_episode(s) and r.get("reward") is not None]
+    if taught:
+        solved = [bool(_record(sample).get("solved")) for sample in taught]
+        metrics |= {"taught": len(taught), "taught/pass_rate": statistics.fmean(solved)}
     return metrics | (_means(args, kept) if kept else {})
 
 

@@ -37,6 +37,8 @@ class Settings:
     data: str | None = None
     retries: int = 1
     generate_timeout: float = 900.0
+    teacher_samples: int = 0
+    teacher_style: str = "checks"
     partial_alpha: float = 0.5
     partial_matching: str = "sound"
     customer_tool_penalty: float = 0.0
@@ -154,12 +156,13 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 READERS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("domain", "prompt", "user"), _text),
+    **dict.fromkeys(("domain", "prompt", "user", "teacher_style"), _text),
     "user_args": _mapping,
     **dict.fromkeys(("user_concurrency", "max_steps", "max_errors", "max_turn_tokens"), _whole(1)),
     "redraw_ids": _share,
     "data": _path,
     "retries": _whole(0, MOST_RETRIES),
+    "teacher_samples": _whole(0),
     "generate_timeout": _real(lambda seconds: seconds > 0, "a number of seconds above 0"),
     **dict.fromkeys(("partial_alpha", "customer_tool_penalty"), _real(lambda x: x >= 0, "a number of at least 0")),
     "partial_matching": _matching,
