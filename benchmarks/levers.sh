@@ -5,14 +5,14 @@
 #   SEED=1 bash benchmarks/levers.sh grpo shuffled       these arms
 # SFT:  sft wordings slips           one round of RFT from sft:  rft keep_mistakes teacher, and the rft arm under
 # each mood of the customer, greedy:  rft moods
-# GRPO from sft:  grpo own_ids shuffled unfiltered curriculum two_steps groups_of_8 no_std tis kl penalty; with
+# GRPO from sft:  grpo own_ids shuffled unfiltered curriculum two_steps groups_of_8 no_std tis kl penalty taught; with
 # customers of all moods, beside sft under the same:  mixed
 # Results: $RUN_DIR/ARM/eval.json, with names, numbers and ids drawn anew eval_new.json where that is the question. Run
 # it again after an interruption and it goes on where it was.
 set -euo pipefail
 
 ALL=(sft rft keep_mistakes teacher wordings slips moods
-   grpo own_ids shuffled unfiltered curriculum two_steps groups_of_8 no_std tis kl penalty mixed)
+   grpo own_ids shuffled unfiltered curriculum two_steps groups_of_8 no_std tis kl penalty taught mixed)
 [ $# -gt 0 ] || set -- "${ALL[@]}"
 ARMS=("$@")
 for arm in "${ARMS[@]}"; do
@@ -129,6 +129,10 @@ run_arm() {
          all_groups
          grpo_arm kl "" --use-kl-loss --kl-loss-coef 0.1 --kl-loss-type low_var_kl --ref-load "$SFT_DIR/hf"
          ;;
+      taught) # each of the teacher's tokens weighs the same: by the trainer's log-probs
+         without --use-rollout-logprobs 0
+         grpo_arm taught $'tau2_teacher_samples: 1\ntau2_teacher_style: checklist'
+         ;;
       penalty) grpo_arm penalty "tau2_customer_tool_penalty: 0.1" ;;
       mixed)
          MOOD=mixed CUSTOMER_ARGS=(--user-args '{"mood": "mixed"}')
@@ -146,7 +150,7 @@ run_arm() {
 control() { # the arm that is the same but for the lever
    case $1 in
       keep_mistakes | teacher) echo rft ;;
-      own_ids | shuffled | unfiltered | curriculum | two_steps | groups_of_8 | no_std | tis | kl | penalty) echo grpo ;;
+      own_ids | shuffled | unfiltered | curriculum | two_steps | groups_of_8 | no_std | tis | kl | penalty | taught) echo grpo ;;
       mixed) echo mixed ;; # compared in its own arm
       *) echo sft ;;
    esac

