@@ -161,14 +161,17 @@ COLLECT_ARGS=(
 # Shares of the kinds of tasks in what is trained on; without, the model forgets what its episodes seldom show. A task counts
 # for the first that it has: a locked SIM or an ended contract ends in a hand-over, so the unpaid bills are those that
 # can be paid, three of 74 tasks.
-MIX=lock_sim_card_pin=1,contract_end_suspension=1,overdue_bill_suspension=2,service_issue=1,mms_issue=5,mobile_data_issue=4
+SFT_MIX=lock_sim_card_pin=1,contract_end_suspension=1,overdue_bill_suspension=2,service_issue=1,mms_issue=5,mobile_data_issue=4
+# GRPO's prompts take turns by kind. The locked SIM is one: its hand-over is what the other service tasks unteach, for after
+# nearly the same report ("no signal") it is wrong there.
+GRPO_MIX=lock_sim_card_pin=1,service_issue=1,mms_issue=1,mobile_data_issue=1
 TRACES_ARGS=( # dialogues of the teacher
    --local_dir "$DATA_DIR"
    --prompt short
    "${CUSTOMER_ARGS[@]}"
    --style checklist
    --redraw-ids 0.5 # half with other names, numbers and ids, which are to be copied, not remembered
-   --mix "$MIX"
+   --mix "$SFT_MIX"
    --tasks "$DATA_DIR/telecom_train_tasks.jsonl" "$DATA_DIR/telecom_pool_tasks.jsonl"
 )
 OWN_ARGS=( # the model's own, solved or mended
@@ -176,7 +179,7 @@ OWN_ARGS=( # the model's own, solved or mended
    --per-task 2
    --mend 2
    --style checklist
-   --mix "$MIX"
+   --mix "$SFT_MIX"
    --seed "$SEED"
    --num-traces "$((RFT_ROLLOUTS * 2))"
 )
@@ -203,7 +206,7 @@ settings() { # settings FILE [YAML LINE]: local.yaml, the mood and the line
 
 make_tasks() {
    timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train test pool
-   timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train --mix mms_issue=1 --num-rows 72 \
+   timed tasks "$PYTHON" examples/tau-bench/tau2_mock.py --local_dir "$DATA_DIR" --splits train --mix "$GRPO_MIX" --num-rows 72 \
       --seed "$SEED"
 }
 
