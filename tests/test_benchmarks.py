@@ -102,7 +102,7 @@ bash() { :; }  # no set-up
 source benchmarks/levers.sh
 timed() { case $* in *" train.py "*) "$2" train.py --check-only "${@:4}" ;; *tau2_mock.py*) "${@:2}" ;; esac; }
 teach() { cp "$RUN_DIR/rows.jsonl" "$DATA_DIR/$1.jsonl"; }
-for arm in wordings teacher grpo own_ids shuffled by_issue unfiltered curriculum two_steps groups_of_8 no_std tis kl \\
+for arm in wordings teacher grpo own_ids shuffled handovers unfiltered curriculum two_steps half_rate groups_of_8 no_std tis kl \\
    penalty taught mixed; do
    (set -e; run_arm "$arm")
    echo "$arm is fine"
@@ -129,7 +129,7 @@ def test_train_py_accepts_the_commands_of_every_arm(tmp_path, smol_dir):
         ["bash", "-c", CHECK_THE_ARMS], env=os.environ | settings, capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" is fine") == 16
+    assert done.stdout.count(" is fine") == 17
 
 
 # ---- the simulated rollout -----------------------------------------------------------------------------------

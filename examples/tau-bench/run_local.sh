@@ -162,9 +162,7 @@ COLLECT_ARGS=(
 # for the first that it has: a locked SIM or an ended contract ends in a hand-over, so the unpaid bills are those that
 # can be paid, three of 74 tasks.
 SFT_MIX=lock_sim_card_pin=1,contract_end_suspension=1,overdue_bill_suspension=2,service_issue=1,mms_issue=5,mobile_data_issue=4
-# GRPO's prompts take turns by kind. The locked SIM is one: its hand-over is what the other service tasks unteach, for after
-# nearly the same report ("no signal") it is wrong there.
-GRPO_MIX=lock_sim_card_pin=1,service_issue=1,mms_issue=1,mobile_data_issue=1
+GRPO_MIX=mms_issue=1,mobile_data_issue=1,service_issue=1 # its prompts take turns by issue type
 TRACES_ARGS=( # dialogues of the teacher
    --local_dir "$DATA_DIR"
    --prompt short
