@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import evaluate_tau2
 import model_server
+import tau2_moods
+import tau2_users
 from evaluate_tau2 import choose_tasks, main, task_stderr
 from openai_tool_adapter import load_chat_template
 from slime_local import hf_folder
@@ -232,6 +234,42 @@ def test_rows_from_before_the_tokenizer_was_noted_are_refused_and_compared(evalu
     old_result.write_text(json.dumps(result))
     assert main(["compare", str(old_result), str(evaluate.output)]) == 0
     assert main(["rescore", str(old_result)]) == 0
+
+
+def test_rows_of_another_version_of_the_customer_are_refused(evaluate, capsys, monkeypatch):
+    for module, name in ((tau2_users, "SCRIPTED_VERSION"), (tau2_moods, "MOOD_VERSION")):
+        flags = ["--user-args", '{"mood": "mixed"}', "--output-path", str(evaluate.output.with_name(f"{name}.json"))]
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, "0")
+            assert evaluate("--num-tasks", "2", *flags, agent="always-transfer")[0] == 0
+        assert evaluate("--num-tasks", "4", *flags, agent="always-transfer")[0] == 2
+        error = capsys.readouterr().err
+        assert "customer {" in error and "choose another --output-path" in error and len(error.splitlines()) == 1
+
+
+def test_episodes_of_another_customer_than_the_settings_name_are_refused(evaluate, capsys):
+    assert evaluate("--num-tasks", "2", agent="always-transfer")[0] == 0
+    first, *rows = evaluate.rows.read_text().splitlines(keepends=True)
+    there = "".join([first, *(row.replace('"version": "2"', '"version": "1"') for row in rows)])
+    evaluate.rows.write_text(there)
+    assert evaluate("--num-tasks", "4", agent="always-transfer")[0] == 2
+    assert "had the customer" in capsys.readouterr().err and evaluate.rows.read_text() == there
+
+
+def test_the_customer_of_a_result_is_that_of_the_setting_whatever_was_drawn(evaluate, capsys):
+    """One task draws one mood, which is not the evaluation's."""
+    mixed, paths = ["--user-args", '{"mood": "mixed"}'], []
+    for count in ("1", "6"):
+        paths.append(str(evaluate.output.with_name(f"{count}.json")))
+        assert evaluate("--num-tasks", count, *mixed, "--output-path", paths[-1], agent="teacher")[0] == 0
+        customer = json.loads(Path(paths[-1]).read_text())["customer"]
+        assert customer == {
+            "kind": "scripted",
+            "version": tau2_users.SCRIPTED_VERSION,
+            "mood": "mixed",
+            "mood_version": tau2_moods.MOOD_VERSION,
+        }
+    assert main(["compare", *paths]) == 0
 
 
 def test_rows_of_another_servers_context_are_refused_and_results_of_it_not_compared(evaluate, model, capsys):

@@ -68,6 +68,7 @@ from tau2_episode import (
     EpisodeConfig,
     check_customer,
     check_customer_key,
+    customer_record,
     episode_to_row,
     run_episode,
 )
@@ -214,6 +215,7 @@ def run(args: argparse.Namespace) -> int:
         tasks_here()  # they may be refused
     with contextlib.ExitStack() as stack:
         rows, agents = stack.enter_context(RowsFile(args.output_path, settings(args))), None
+        customer_of(rows)  # refused before any episode is run
         if not rows.done and not has_model(args.user):
             agents = stack.enter_context(running_agents(args, tasks_here))
         tasks = tasks_here()
@@ -230,7 +232,7 @@ def run(args: argparse.Namespace) -> int:
         results = [rows.done[task.id, trial] for task, trial in wanted]
     floor = measure_floor(args.domain, tasks)
     summary = {
-        **about(args, customer_of(results), rows.settings),
+        **about(args, customer_of(rows), rows.settings),
         **numbers(results, floor),
         "minutes": minutes(results),
         "versions": versions(),
@@ -316,6 +318,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     chosen = {**{name: getattr(args, name) for name in names.split()}, **sampling(args)}
     if repeats_itself(args.user, args.user_args):
         chosen["user_args"] = {}  # the plain customer, named or not
+    chosen["customer"] = customer_record(episode_config(args))  # its version, which no flag holds
     if args.agent == CHECKPOINT:
         chosen["tokenizer_and_template"] = text_fingerprint(Path(args.checkpoint))
     return {**chosen, "model": model_identity(args), "tau2": tau2_version(), "format": ROWS_FORMAT}
@@ -516,9 +519,17 @@ def measure_floor(domain: str, tasks: list) -> float:
 # Numbers
 
 
-def customer_of(rows: list[dict]) -> dict[str, Any]:
-    """The customer's record, without what was drawn anew for each episode."""
-    return {key: value for key, value in rows[0]["user"].items() if all(row["user"].get(key) == value for row in rows)}
+def customer_of(rows: RowsFile) -> dict[str, Any]:
+    """The customer of the settings. Raises BadInput for an episode with another, apart from what was drawn for it."""
+    customer = rows.settings["customer"]
+    for (task_id, trial), row in rows.done.items():
+        had = {key: value for key, value in row["user"].items() if key != "drawn"}
+        if had != customer:
+            raise BadInput(
+                f"{rows.path}: task {task_id}, trial {trial} had the customer {had}, the settings name {customer}: "
+                "choose another --output-path"
+            )
+    return customer
 
 
 def about(args: argparse.Namespace, customer: dict, made_with: dict) -> dict[str, Any]:

@@ -320,6 +320,11 @@ def phone_tools(domain: str, task: Any) -> list | None:
     return _all_phone_tools(domain, None if named is None else tuple(named))
 
 
+def customer_has_phone(domain: str) -> bool:
+    """Whether the domain's customers have tools."""
+    return preload(domain).environment.user_tools is not None
+
+
 def customer_only_tools(domain: str, task: Any) -> set[str]:
     """Names that the customer's phone has and the agent has not."""
     own = {tool["function"]["name"] for tool in agent_tools(domain)}

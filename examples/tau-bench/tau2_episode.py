@@ -31,6 +31,7 @@ from tau2_domains import (
     PROMPTS,
     agent_tools,
     check_domain,
+    customer_has_phone,
     customer_only_tools,
     fast_domain,
     is_telecom,
@@ -206,6 +207,16 @@ class EpisodeConfig:
                 f"redraw_ids exists for the telecom domain only: {self.domain}'s tasks have a customer each, whose "
                 "names and ids stand in many forms in the scenarios and the database"
             )
+
+
+def customer_record(config: EpisodeConfig) -> dict[str, Any]:
+    """The customer as it stands in the record of every episode, without what is drawn for one (`drawn`). Raises
+    BadInput."""
+    has_phone = tau2_users.has_model(config.user) and customer_has_phone(config.domain)
+    try:
+        return tau2_users.describe_customer(config.user, config.user_args, has_phone)
+    except UnusableCustomer as error:
+        raise BadInput(str(error)) from error
 
 
 def check_customer_key(config: EpisodeConfig) -> None:

@@ -117,9 +117,19 @@ class LLMCustomer:
         return answer, state
 
     def describe(self) -> dict[str, Any]:
-        """Model, litellm arguments and the version of tau2's guidelines: what a number has to be read with."""
-        version = hashlib.sha256(self.simulator.global_simulation_guidelines.encode()).hexdigest()[:8]
-        return {"kind": "llm", "model": self.model, "args": self.args, "prompt_version": version}
+        """What a number has to be read with."""
+        return describe(self.model, self.args, has_phone=self.simulator.tools is not None)
+
+
+def describe(model: str, args: dict[str, Any], has_phone: bool) -> dict[str, Any]:
+    """Model, litellm arguments and the version of tau2's guidelines, of which a customer with a phone has its own.
+    Raises UnusableCustomer."""
+    _litellm()
+    from tau2.user.user_simulator import get_global_user_sim_guidelines
+
+    guidelines = get_global_user_sim_guidelines(use_tools=has_phone)
+    version = hashlib.sha256(guidelines.encode()).hexdigest()[:8]
+    return {"kind": "llm", "model": model, "args": {**DEFAULTS, **args}, "prompt_version": version}
 
 
 def _call_args(model: str, args: dict[str, Any]) -> dict[str, Any]:

@@ -131,6 +131,11 @@ def make_mood(chosen: str, task_id: str, seed: int) -> Mood:
     return _CLASSES[name](chosen, rng)
 
 
+def describe(chosen: str) -> dict[str, Any]:
+    """{"mood", "mood_version"} of the setting `chosen`; {} for plain."""
+    return {} if chosen == "plain" else {"mood": chosen, "mood_version": MOOD_VERSION}
+
+
 class Mood:
     """Plain: every hook leaves things as they are. `chosen` is the setting, `name` what it came to."""
 
@@ -143,10 +148,8 @@ class Mood:
 
     def describe(self) -> dict[str, Any]:
         """What a number has to be read with; `drawn` differs between the episodes of one evaluation."""
-        if self.chosen == "plain":
-            return {}
         drawn = {"drawn": self.name} if self.chosen != self.name else {}
-        return {"mood": self.chosen, "mood_version": MOOD_VERSION, **drawn}
+        return {**describe(self.chosen), **drawn}
 
     def opening(self, scenario: Any) -> str:
         return scenario.opening if self.chosen == "plain" else self._varied_opening(scenario)

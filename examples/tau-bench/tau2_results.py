@@ -23,7 +23,7 @@ from tau2_errors import BadInput
 from tau2_users import has_model
 
 # Of the rows: raised when an episode's row changes its meaning, so that rows of both kinds are never mixed.
-ROWS_FORMAT = 3
+ROWS_FORMAT = 4
 ROW_KINDS = {
     "task_id": str,
     "trial": int,

@@ -17,6 +17,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
+import tau2_llm_customer
+import tau2_moods
 from tau2_conditions import NOT, is_failure, is_outcome, opposite, parts
 from tau2_llm_customer import CONCURRENCY, DEFAULT_MODEL, LLMCustomer, UnusableCustomer
 from tau2_moods import Mood, make_mood, problem_with
@@ -53,6 +55,19 @@ def check_settings(user: str, user_args: dict[str, Any]) -> None:
 def repeats_itself(user: str, user_args: dict[str, Any]) -> bool:
     """Whether the customer is the same with every seed."""
     return not has_model(user) and user_args.get("mood", "plain") == "plain"
+
+
+def describe_customer(user: str, user_args: dict[str, Any], has_phone: bool) -> dict[str, Any]:
+    """The record of this customer in all its episodes, without `drawn`, which is of one. has_phone: whether it has
+    tools, which decides what a model is told. Raises UnusableCustomer."""
+    if user == "scripted":
+        mood = tau2_moods.describe(user_args.get("mood", "plain"))
+        return {"kind": "scripted", "version": SCRIPTED_VERSION, **mood}
+    if user == "recited":
+        from tau2_recited import RECITED_VERSION  # which knows this module
+
+        return {"kind": "recited", "version": RECITED_VERSION}
+    return tau2_llm_customer.describe(customer_name(user), user_args, has_phone)
 
 
 def make_customer(

@@ -54,7 +54,7 @@ from http_client import close_session
 from line_file import LineFile
 from rollout_traces import bad_calls, refused_turns
 from tau2_domains import PROMPTS, agent_tools, is_telecom, issue_type, load_split_ids, system_prompt
-from tau2_episode import Episode, EpisodeConfig, check_customer, check_customer_key, run_episode
+from tau2_episode import Episode, EpisodeConfig, check_customer, check_customer_key, customer_record, run_episode
 from tau2_errors import BadInput
 from tau2_mock import (
     NEAR_TEST_TASK,
@@ -341,7 +341,12 @@ def traces_from_episodes(args: argparse.Namespace, held: ExitStack) -> tuple[lis
     chosen = {name: getattr(args, name) for name in names.split()}
     costs = has_model(config.user) or args.agent_llm
     path = args.output.with_name(f"{args.output.name}.partial") if costs else None
-    settings = {**chosen, **teacher_settings(args), "tasks": [draw["task"]["id"] for draw in draws]}
+    settings = {
+        **chosen,
+        "customer": customer_record(config),
+        **teacher_settings(args),
+        "tasks": [draw["task"]["id"] for draw in draws],
+    }
     journal = held.enter_context(Journal(path, settings))
     outcomes = asyncio.run(run_teacher(args, config, draws, journal))
     dropped = Counter(outcome["dropped"] for outcome in outcomes if outcome["row"] is None)
