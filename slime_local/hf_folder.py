@@ -5,11 +5,12 @@ import json
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from slime_local.errors import UsageError
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+PIECE = 4096  # bytes of a tensor that a fingerprint samples at a time
 LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 # What these families can have and this host does not compute, with the value that means: without.
 WITHOUT = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
@@ -155,10 +156,35 @@ def fingerprint(path: Path) -> str:
         size = weights.stat().st_size
         digest.update(f"{weights.name}:{size}".encode())
         with weights.open("rb") as file:
-            for part in range(16):
-                file.seek(size * part // 16)
-                digest.update(file.read(65536))
+            for place, length in _sampled_pieces(file, size, weights.suffix):
+                file.seek(place)
+                digest.update(file.read(length))
     return digest.hexdigest()[:16]
+
+
+def _sampled_pieces(file: BinaryIO, size: int, suffix: str) -> list[tuple[int, int]]:
+    """(place, length) of the bytes of a weights file that are hashed: of safetensors the header, and start, middle and
+    end of every tensor; of another format, and behind a damaged header, 16 pieces."""
+    try:
+        if suffix == ".safetensors":
+            return _pieces_of_tensors(file, size)
+    except (struct.error, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        pass
+    return [(size * part // 16, 65536) for part in range(16)]
+
+
+def _pieces_of_tensors(file: BinaryIO, size: int) -> list[tuple[int, int]]:
+    """Raises one of many errors where the header is damaged."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(min(length, LARGEST_HEADER)))
+    pieces = [(0, 8 + length)]
+    for name in sorted(header.keys() - {"__metadata__"}):
+        begin, end = (8 + length + offset for offset in header[name]["data_offsets"])
+        if not 8 + length <= begin <= end <= size:
+            raise ValueError(f"{name} lies outside the file")
+        places = begin, (begin + end) // 2, max(begin, end - PIECE)
+        pieces += [(place, min(PIECE, end - place)) for place in places]
+    return pieces
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -441,6 +441,31 @@ def test_server_and_evaluation_take_the_same_fingerprint(tmp_path):
     assert hf_folder.fingerprint(tmp_path) == model_server.fingerprint(tmp_path)
 
 
+def damage(weights, how):
+    data = bytearray(weights.read_bytes())
+    data[:8] = {"long": (2**63).to_bytes(8, "little"), "short": (3).to_bytes(8, "little")}.get(how, data[:8])
+    if how == "outside":
+        data = data.replace(b'"data_offsets":[0,', b'"data_offsets":[9,')[:-100]
+    weights.write_bytes({"empty": b"", "cut": data[:5]}.get(how, data))
+
+
+@pytest.mark.parametrize("how", ["whole", "long", "short", "outside", "empty", "cut"])
+def test_every_tensor_is_in_the_fingerprint(tiny_model_dir, tmp_path, how):
+    """Of a damaged file too, both take the same one."""
+    weights = tmp_path / "model.safetensors"
+    shutil.copy(tiny_model_dir / "config.json", tmp_path)
+    names, seen = list(load_file(tiny_model_dir / "model.safetensors")), set()
+    for changed in [None, *names] if how == "whole" else [None]:
+        tensors = load_file(tiny_model_dir / "model.safetensors")
+        if changed:
+            tensors[changed].flatten()[-1] += 1
+        save_file(tensors, weights, {"format": "pt"})
+        damage(weights, how)
+        seen.add(model_server.fingerprint(tmp_path))
+        assert hf_folder.fingerprint(tmp_path) == model_server.fingerprint(tmp_path)
+    assert len(seen) == (1 + len(names) if how == "whole" else 1)
+
+
 def test_a_server_elsewhere_needs_only_config_and_tokenizer_here(model, tiny_model_dir, tmp_path, capsys):
     folder, output = tmp_path / "no-weights", tmp_path / "o.json"
     shutil.copytree(tiny_model_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))

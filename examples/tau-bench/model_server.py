@@ -20,6 +20,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tau2_errors import BadInput
 
@@ -37,6 +38,8 @@ LARGEST_INFO = 2**20  # bytes of its answer
 SERVER_MINUTES = 20  # to load and answer
 LOG_LINES = 20  # of a server that died
 PROGRESS_SECONDS = 30  # between lines in a log
+PIECE = 4096  # bytes of a tensor that a fingerprint samples at a time
+LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # What else decides the ids of a dialogue.
@@ -89,17 +92,43 @@ def has_weights(folder: Path) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a model folder's weights: sizes and 16 samples of each file, so that 8 GB take no time. slime_local's server
-    takes the same of what it loads."""
+    """Of a model folder's config and weights: sizes and samples of each file, so that 8 GB take no time. slime_local's
+    server takes the same of what it loads. Of safetensors every tensor is sampled. Not seen: a change that leaves
+    start, middle and end of each tensor as they are (some rows of an embedding), and in other formats more."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
-            for part in range(16):
-                file.seek(size * part // 16)
-                digest.update(file.read(65536))
+            for place, length in _sampled_pieces(file, size, path.suffix):
+                file.seek(place)
+                digest.update(file.read(length))
     return digest.hexdigest()[:16]
+
+
+def _sampled_pieces(file: BinaryIO, size: int, suffix: str) -> list[tuple[int, int]]:
+    """(place, length) of the bytes of a weights file that are hashed: of safetensors the header, and start, middle and
+    end of every tensor; of another format, and behind a damaged header, 16 pieces."""
+    try:
+        if suffix == ".safetensors":
+            return _pieces_of_tensors(file, size)
+    except (struct.error, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        pass
+    return [(size * part // 16, 65536) for part in range(16)]
+
+
+def _pieces_of_tensors(file: BinaryIO, size: int) -> list[tuple[int, int]]:
+    """Raises one of many errors where the header is damaged."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(min(length, LARGEST_HEADER)))
+    pieces = [(0, 8 + length)]
+    for name in sorted(header.keys() - {"__metadata__"}):
+        begin, end = (8 + length + offset for offset in header[name]["data_offsets"])
+        if not 8 + length <= begin <= end <= size:
+            raise ValueError(f"{name} lies outside the file")
+        places = begin, (begin + end) // 2, max(begin, end - PIECE)
+        pieces += [(place, min(PIECE, end - place)) for place in places]
+    return pieces
 
 
 def text_fingerprint(folder: Path) -> str:
