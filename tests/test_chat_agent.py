@@ -475,6 +475,12 @@ def test_rows_of_another_model_are_refused_and_untouched(evaluate, provider, cap
     assert len(provider.requests) == asked
 
 
+def test_a_run_goes_on_with_more_patience(evaluate):
+    assert evaluate("--num-tasks", "1", "--agent-llm-args", '{"timeout": 5, "num_retries": 0}')[0] == 0
+    code, result = evaluate("--num-tasks", "2", "--agent-llm-args", '{"timeout": 60}')
+    assert code == 0 and result["settings"]["model"]["args"] == {}
+
+
 def test_rows_with_line_separators_in_a_text_are_read_again(evaluate, provider):
     misbehave(provider, choice("Hello\u2028there\x85!"), 2, 2)
     _, first = evaluate("--num-tasks", "1")

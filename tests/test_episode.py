@@ -14,7 +14,16 @@ import pytest
 import tau2_domains
 from tau2_checks import sound_matches
 from tau2_domains import agent_tools, issue_type, lasting, load_split_ids, load_tasks, load_tau2, system_prompt
-from tau2_episode import AgentToolCall, AgentTurn, EndEpisode, EndReason, EpisodeConfig, episode_to_row, run_episode
+from tau2_episode import (
+    AgentToolCall,
+    AgentTurn,
+    EndEpisode,
+    EndReason,
+    EpisodeConfig,
+    customer_record,
+    episode_to_row,
+    run_episode,
+)
 from tau2_errors import BadInput
 from tau2_redraw import redraw
 from tau2_teacher import AlwaysTransfer, DoNothing, ScriptedTeacher
@@ -334,7 +343,7 @@ async def test_llm_customer_through_tau2s_own_simulator(fake_llm):
     assert (seen[0]["num_retries"], seen[0]["max_retries"]) == (0, 0), "the retries are ours, not litellm's"
     user = episode_to_row(episode)["user"]
     assert (user["kind"], user["model"], len(user["prompt_version"])) == ("llm", "openai/some-model", 8)
-    assert user["args"] == {"temperature": 0.0, "timeout": 60, "num_retries": 4, "api_base": "http://x"}
+    assert user["args"] == {"temperature": 0.0, "api_base": "http://x"} and user == customer_record(config)
 
 
 async def test_a_failed_call_of_the_customer_marks_no_other_with_its_id(fake_llm):

@@ -362,8 +362,8 @@ def test_a_key_reaches_no_file_and_no_message(provider, base, how, monkeypatch, 
 # -- where it is used ------------------------------------------------------------------------------------------------
 
 
-def evaluate(tmp_path, base, *flags):
-    args = {"api_base": base, "num_retries": 1, "timeout": 5}
+def evaluate(tmp_path, base, *flags, **more):
+    args = {"api_base": base, "num_retries": 1, "timeout": 5, **more}
     user = ["--user", MODEL, "--user-args", json.dumps(args)]
     return evaluate_tau2.main(["--agent", "teacher", *user, "--output-path", str(tmp_path / "o.json"), *flags])
 
@@ -380,6 +380,16 @@ def test_evaluation_with_a_model_as_the_customer(provider, base, tmp_path, capsy
     assert result["pass_at_1"] == 1.0 and result["customer"]["model"] == MODEL
     assert result["customer"]["args"]["api_base"] == base and result["customer"]["prompt_version"]
     assert MODEL in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_more_patience_and_is_compared_with_one_that_had_less(provider, base, tmp_path, capsys):
+    assert evaluate(tmp_path, base, "--num-tasks", "2") == 0
+    paths = [str(tmp_path / name) for name in ("first.json", "o.json")]
+    (tmp_path / "o.json").rename(paths[0])
+    assert evaluate(tmp_path, base, "--num-tasks", "3", timeout=60, num_retries=4) == 0
+    assert "continuing: 2 of 3" in capsys.readouterr().out
+    assert evaluate_tau2.main(["compare", *paths]) == 0
+    assert evaluate(tmp_path, base, "--num-tasks", "3", temperature=0.5) == 2
 
 
 def test_a_failing_customer_makes_the_evaluation_incomplete(provider, base, tmp_path, capsys):

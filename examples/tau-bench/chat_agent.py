@@ -29,7 +29,7 @@ from http_client import RequestFailed, UnusableAnswer, close_session, post_json
 from openai_tool_adapter import ParsedTurn, parse_turn, read_call
 from tau2_episode import AgentToolCall, AgentTurn, EndEpisode, EndReason
 from tau2_errors import BadInput
-from tau2_llm_customer import PREFLIGHT_RETRIES, mask, wrong_arguments
+from tau2_llm_customer import PREFLIGHT_RETRIES, mask, recorded_args, wrong_arguments
 from token_agent import sampling_seed
 
 CHAT = "chat"
@@ -275,7 +275,11 @@ def add_flags(parser: argparse.ArgumentParser, json_object: Callable[[str], dict
 
 def identity(args: argparse.Namespace) -> dict[str, Any]:
     """What tells one such model from another, for the settings of rows."""
-    return {"name": args.agent_llm, "base_url": _base_url(args.agent_base_url), "args": args.agent_llm_args}
+    return {
+        "name": args.agent_llm,
+        "base_url": _base_url(args.agent_base_url),
+        "args": recorded_args(args.agent_llm_args),
+    }
 
 
 def make_chat_agents(

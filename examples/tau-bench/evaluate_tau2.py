@@ -73,6 +73,7 @@ from tau2_episode import (
     run_episode,
 )
 from tau2_errors import BadInput
+from tau2_llm_customer import recorded_args
 from tau2_metrics import behaviour, breakdowns, by_task, metrics, task_means
 from tau2_results import ROWS_FORMAT, RowsFile, check_output, read_result, rows_path, tau2_results, write_json
 from tau2_reward_shaping import partial_score
@@ -318,6 +319,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     chosen = {**{name: getattr(args, name) for name in names.split()}, **sampling(args)}
     if repeats_itself(args.user, args.user_args):
         chosen["user_args"] = {}  # the plain customer, named or not
+    chosen["user_args"] = recorded_args(chosen["user_args"])
     chosen["customer"] = customer_record(episode_config(args))  # its version, which no flag holds
     if args.agent == CHECKPOINT:
         chosen["tokenizer_and_template"] = text_fingerprint(Path(args.checkpoint))

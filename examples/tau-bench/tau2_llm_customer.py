@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "gemini/gemini-2.5-flash-lite"
 DEFAULTS = {"temperature": 0.0, "timeout": 60, "num_retries": 4}  # `timeout`: seconds of one call
+WAITING = ("timeout", "num_retries")  # arguments that change no answer that is recorded
 CONCURRENCY = 32  # calls at a time, in one event loop
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before another try; doubled each time, give or take a half
 GRACE = 5.0  # seconds that a call may take beyond `timeout`, in which litellm should have given up
@@ -122,14 +123,19 @@ class LLMCustomer:
 
 
 def describe(model: str, args: dict[str, Any], has_phone: bool) -> dict[str, Any]:
-    """Model, litellm arguments and the version of tau2's guidelines, of which a customer with a phone has its own.
-    Raises UnusableCustomer."""
+    """Model, arguments that change its answers, and the version of tau2's guidelines, of which a customer with a phone
+    has its own. Raises UnusableCustomer."""
     _litellm()
     from tau2.user.user_simulator import get_global_user_sim_guidelines
 
     guidelines = get_global_user_sim_guidelines(use_tools=has_phone)
     version = hashlib.sha256(guidelines.encode()).hexdigest()[:8]
-    return {"kind": "llm", "model": model, "args": {**DEFAULTS, **args}, "prompt_version": version}
+    return {"kind": "llm", "model": model, "args": recorded_args({**DEFAULTS, **args}), "prompt_version": version}
+
+
+def recorded_args(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's calls without those of WAITING: with other values of these a run can go on."""
+    return {name: value for name, value in args.items() if name not in WAITING}
 
 
 def _call_args(model: str, args: dict[str, Any]) -> dict[str, Any]:

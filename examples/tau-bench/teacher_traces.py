@@ -56,6 +56,7 @@ from rollout_traces import bad_calls, refused_turns
 from tau2_domains import PROMPTS, agent_tools, is_telecom, issue_type, load_split_ids, system_prompt
 from tau2_episode import Episode, EpisodeConfig, check_customer, check_customer_key, customer_record, run_episode
 from tau2_errors import BadInput
+from tau2_llm_customer import recorded_args
 from tau2_mock import (
     NEAR_TEST_TASK,
     TEST_TASK,
@@ -339,6 +340,7 @@ def traces_from_episodes(args: argparse.Namespace, held: ExitStack) -> tuple[lis
     draws = draw_tasks(sources, args.num_traces or args.epochs * len(sources), args.mix, args.seed)
     names = "domain prompt user user_args redraw_ids style slip wordings seed"
     chosen = {name: getattr(args, name) for name in names.split()}
+    chosen["user_args"] = recorded_args(args.user_args)
     costs = has_model(config.user) or args.agent_llm
     path = args.output.with_name(f"{args.output.name}.partial") if costs else None
     settings = {
