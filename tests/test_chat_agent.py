@@ -242,6 +242,42 @@ async def test_a_turn_of_full_length_is_cut(provider, base):
     assert episode.end_reason is EndReason.RESPONSE_CUT and episode.reward == 0.0 and episode.checks
 
 
+def with_error():
+    """OpenRouter's, of a provider behind it."""
+    return {**choice("", finish="error"), "error": {"code": 502, "message": "Upstream error"}}
+
+
+ERRORS_OF_200 = [
+    with_error(),
+    {**with_error(), "finish_reason": "stop"},
+    choice("", finish="insufficient_system_resource"),
+    choice("Please", finish="unheard_of"),
+    choice("Please", finish=["stop"]),
+]
+
+
+@pytest.mark.parametrize("how", ERRORS_OF_200)
+async def test_an_error_within_status_200_is_no_turn_of_the_model(provider, base, how):
+    misbehave(provider, how, 3, 3)
+    assert (await play(base))[0].reward == 1.0 and not provider.odd_turns
+    misbehave(provider, how, 3)
+    episode, _ = await play(base)
+    assert (episode.end_reason, episode.reward) == (EndReason.GENERATION_FAILED, None)
+    assert "Upstream" in episode.detail if "error" in how else "ended with" in episode.detail
+
+
+@pytest.mark.parametrize("finish", [None, "stop", "tool_calls", "function_call", "eos", "end_turn"])
+async def test_ways_to_end_a_turn(provider, base, finish):
+    misbehave(provider, choice("Hello.", finish=finish), 1, 1)
+    assert (await play(base))[0].reward == 1.0
+
+
+def test_an_endpoint_whose_context_cannot_hold_the_prompt_is_no_model_that_failed(evaluate, provider, capsys):
+    misbehave(provider, (400, "This model's maximum context length is 4096 tokens."), 2)
+    assert evaluate("--num-tasks", "2") == (2, None)
+    one_line(capsys, "no room for a turn", "4096 tokens")
+
+
 TRANSIENT = [429, 500, 503, 408, "drop", "no choices", "hang", "trickle"]
 
 

@@ -20,6 +20,7 @@ from tau2_episode import (
     EndEpisode,
     EndReason,
     EpisodeConfig,
+    NoRoom,
     customer_record,
     episode_to_row,
     run_episode,
@@ -27,6 +28,7 @@ from tau2_episode import (
 from tau2_errors import BadInput
 from tau2_redraw import redraw
 from tau2_teacher import AlwaysTransfer, DoNothing, ScriptedTeacher
+from tau2_users import ScriptedCustomer
 
 PHONE = "555-123-2002"
 AIRPLANE = "[mobile_data_issue]airplane_mode_on|data_mode_off[PERSONA:None]"
@@ -123,6 +125,23 @@ async def test_several_calls_of_one_turn_are_answered_in_order():
 
 
 # -- how an episode ends ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, told", [("###STOP###", "user_stop"), ("Hi ###TRANSFER###", "transfer")])
+async def test_a_customer_that_hangs_up_before_the_agents_first_turn_has_failed(monkeypatch, text, told):
+    monkeypatch.setattr(ScriptedCustomer, "reply", lambda self, message: self._text(text))
+    episode, agent = await play(find_task(AIRPLANE))
+    assert (episode.end_reason, episode.reward, agent.seen) == (EndReason.USER_FAILED, None, [])
+    assert episode.detail == f"{told} before the agent's first turn"
+
+
+async def test_a_context_without_room_for_the_first_turn_is_bad_input():
+    with pytest.raises(BadInput, match=r"no room for a turn .*9 tokens"):
+        await play(find_task(AIRPLANE), NoRoom("9 tokens"))
+    episode, _ = await play(find_task(AIRPLANE), "Hello", NoRoom("9 tokens"))
+    assert (episode.end_reason, episode.reward) == (EndReason.CONTEXT_FULL, 0.0)
+    episode, _ = await play(find_task(AIRPLANE), EndEpisode(EndReason.CONTEXT_FULL))
+    assert episode.reward == 0.0, "a first turn that fills the context is the model's doing"
 
 
 async def test_limits_give_reward_zero_and_keep_the_checks():

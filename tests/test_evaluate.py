@@ -79,7 +79,7 @@ def test_scripted_agents_on_the_40_test_tasks(run_script, tmp_path, agent, succe
 def test_a_prompt_without_room_for_a_turn_is_told_and_not_scored_0(evaluate, model, capsys):
     code, result = evaluate("--num-tasks", "2", "--max-context-len", "100")
     assert (code, result, model.requests) == (2, None, [])
-    assert "no room for a turn" in (told := capsys.readouterr().err) and "a larger --max-context-len" in told
+    assert "no room for a turn" in (told := capsys.readouterr().err) and "--max-context-len" in told
 
 
 def test_a_checkpoint_that_says_what_the_teacher_says(evaluate, model, capsys):
@@ -360,6 +360,7 @@ def test_our_own_training_checkpoints_lead_to_the_folder_beside_them(tmp_path, c
         (["--agent", "teacher", "--num-tasks", "0"], "40 tasks"),
         (["--agent", "teacher", "--num-trials", "0"], "--num-trials"),
         (["--agent", "teacher", "--max-steps", "0"], "max_steps"),
+        (["--agent", "teacher", "--max-steps", "1"], "max_steps must be at least 2"),
         (["--agent", "teacher", "--temperature", "-1"], "--temperature"),
         (["--agent", "always-transfer", "--agent-llm", "gpt-x"], "--agent-llm is of --agent chat"),
         (["--checkpoint", "x", "--agent-base-url", "http://127.0.0.1:8000/v1"], "--agent-base-url is of --agent chat"),

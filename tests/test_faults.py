@@ -42,7 +42,6 @@ LOST_GROUP = "tried again, then the samples count for nothing (`user_failed`); o
 INCOMPLETE = "exit code 1 and no number; finished episodes are kept; the same command runs what is owed"
 OTHER_WEIGHTS = "noticed; no episode of theirs is recorded; exit code 1"
 ORDINARY = "ordinary tokens, mask 0; never a control token"
-FULL = "the context is full before the next turn (`context_full`); no call is made with more"
 CUT = "truncated (`context_full`): reward 0, partial score logged, trained as far as it was sampled"
 CONTINUES = "one line, exit code 1; the last checkpoint stays; the same command continues from it"
 PARAMS = {"temperature": 0.7, "max_new_tokens": 4096, "stop_token_ids": None, "no_stop_trim": True}
@@ -480,12 +479,11 @@ async def test_a_customers_reply_of_100_kb_fills_the_context(args, provider, cus
     say = FakeProvider._customer_says
     monkeypatch.setattr(FakeProvider, "_customer_says", lambda self, messages: long_text(say(self, messages)))
     (sample, *_) = await asyncio.wait_for(rollout(args, ("service_issue",)), 300)
-    assert sample.metadata["tau2"]["end_reason"] == "context_full"
-    assert len(sample.tokens) <= 8192
+    assert sample.remove_sample and "no room for a turn" in sample.metadata["tau2"]["bad_input"]
     record(
         "GRPO rollout",
-        "customer: a reply of 100 kB",
-        FULL,
+        "customer: a first message of 100 kB",
+        "the samples are removed; the log says that the prompt leaves no room for a turn",
     )
 
 

@@ -186,7 +186,7 @@ async def test_the_context_budget(args, model):
     args.rollout_max_context_len = prompt
     sample = await generate(args, make_sample(), PARAMS)
     assert_removed(sample)
-    assert "prompt has" in sample.metadata["tau2"]["bad_input"]
+    assert f"no room for a turn ({prompt} prompt" in sample.metadata["tau2"]["bad_input"]
 
 
 async def test_the_turn_cap_is_asked_for(args, model):
@@ -282,7 +282,7 @@ async def test_no_server_at_all(args, unused_tcp_port):
         ({"tau2_prompt": "shrt"}, "shrt"),
         ({"partial_rollout": True}, "partial-rollout"),
         ({"tau2_max_steps": 0}, "max_steps"),
-        ({"tau2_max_steps": 1}, "raise tau2_max_steps"),
+        ({"tau2_max_steps": 1}, "max_steps must be at least 2"),
     ],
 )
 async def test_a_mistake_in_the_settings_is_named_and_nothing_is_raised(args, change, named):

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from http_client import RequestFailed, UnusableAnswer, close_session, post_json
 from openai_tool_adapter import ParsedTurn, parse_turn, read_call
-from tau2_episode import AgentToolCall, AgentTurn, EndEpisode, EndReason
+from tau2_episode import AgentToolCall, AgentTurn, EndEpisode, EndReason, NoRoom
 from tau2_errors import BadInput
 from tau2_llm_customer import PREFLIGHT_RETRIES, mask, recorded_args, wrong_arguments
 from token_agent import sampling_seed
@@ -37,6 +37,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 DEFAULTS = {"timeout": 300, "num_retries": 4}
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")  # of one answer; where both are sent, the first counts
 OURS = ("model", "messages", "tools", "stream", "n", "api_base", "base_url")
+FINISHED = (None, "stop", "tool_calls", "function_call", "eos", "end_turn", "length", "content_filter", "abort")
 PREFLIGHT_TOKENS, PREFLIGHT_SECONDS = 256, 60
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # what providers accept in a dialogue
 
@@ -92,6 +93,7 @@ def _read_completion(answer: Any) -> dict:
     """The one choice of a completion, in the form that the rest relies on. Raises UnusableAnswer."""
     try:
         choice = answer["choices"][0]
+        _refuse_error(choice)
         message = json.loads(_whole_characters(json.dumps(dict(choice["message"]), ensure_ascii=False)))
         message["tool_calls"] = [dict(call) for call in message.get("tool_calls") or []]
         return {
@@ -99,8 +101,19 @@ def _read_completion(answer: Any) -> dict:
             "finish_reason": choice.get("finish_reason"),
             "usage": dict(answer.get("usage") or {}),
         }
+    except UnusableAnswer:
+        raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise UnusableAnswer(f"the answer is no chat completion: {json.dumps(answer)[:1000]}") from None
+
+
+def _refuse_error(choice: dict) -> None:
+    """Raises UnusableAnswer for an error within an answer of status 200, which is no turn of the model: OpenRouter's
+    `error`, DeepSeek's insufficient_system_resource, and what else is no way in which a turn ends."""
+    if choice.get("error"):
+        raise UnusableAnswer(f"the answer holds an error: {json.dumps(choice['error'])[:1000]}")
+    if choice.get("finish_reason") not in FINISHED:
+        raise UnusableAnswer(f"the answer ended with {str(choice['finish_reason'])[:100]!r}")
 
 
 def _whole_characters(text: str) -> str:
@@ -155,16 +168,17 @@ class ChatAgent:
         try:
             answer = await self.endpoint.complete(self._messages, self._tools, **fields)
         except RequestFailed as error:
-            reason, detail = _why_failed(error), str(error)
+            end = _why_failed(error)
         else:
             self._usage.update(_count_tokens(answer["usage"]))
             return answer
-        raise EndEpisode(reason, detail)
+        raise end
 
 
-def _why_failed(error: RequestFailed) -> EndReason:
-    is_full = error.status in (400, 413, 422) and _CONTEXT_FULL.search(str(error))
-    return EndReason.CONTEXT_FULL if is_full else EndReason.GENERATION_FAILED
+def _why_failed(error: RequestFailed) -> EndEpisode:
+    if error.status in (400, 413, 422) and _CONTEXT_FULL.search(str(error)):
+        return NoRoom(str(error))
+    return EndEpisode(EndReason.GENERATION_FAILED, str(error))
 
 
 def _count_tokens(usage: dict) -> dict[str, int]:
@@ -187,6 +201,8 @@ def _check_finished(answer: dict, endpoint: Endpoint) -> None:
     if finish == "length":
         generated = _count_tokens(answer["usage"]).get("generated")
         limit = endpoint.token_limit()
+        if generated == 0:
+            raise NoRoom("the endpoint generated nothing, for the dialogue fills its context")
         is_full = generated is not None and limit is not None and generated < limit
         reason = EndReason.CONTEXT_FULL if is_full else EndReason.RESPONSE_CUT
         raise EndEpisode(reason, f"the turn did not end within {'its' if generated is None else generated} tokens")

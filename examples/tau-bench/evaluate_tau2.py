@@ -451,7 +451,6 @@ async def run_all(
                     wrong.append(problem)
                     continue
                 if not episode.end_reason.is_infrastructure:
-                    refuse_without_room(agent)
                     await finished(episode_row(episode, agent, trial))
                     return None
                 if not agents.alive():
@@ -463,12 +462,6 @@ async def run_all(
     finally:
         await close_session()
     return [failure for failure in done if failure]
-
-
-def refuse_without_room(agent: Any) -> None:
-    """No model was asked where the prompt leaves no room for a turn: that is no failure of one. Raises BadInput."""
-    if isinstance(agent, TokenAgent) and (problem := agent.no_room()):
-        raise BadInput(f"{problem}: choose --prompt short, or a larger --max-context-len")
 
 
 def longest_first(owed: list) -> list:

@@ -90,7 +90,6 @@ async def _generate(args: Any, sample: Any, sampling_params: dict, evaluation: b
     for _ in range(1 + settings.retries):
         agent = _make_agent(args, settings, sample, sampling_params, evaluation, taught)
         episode = await run_episode(task, agent, config, episode_seed(args, sample), lambda: _slime_is_aborting(args))
-        _judge_silent(agent, episode)
         if not episode.end_reason.is_infrastructure or episode.end_reason is EndReason.GENERATION_ABORTED:
             break
         logger.warning("sample %s: %s: %s", sample.index, episode.end_reason.value, episode.detail)
@@ -117,13 +116,6 @@ def _eval_paths(args: Any) -> list[str | None]:
     datasets = getattr(args, "eval_datasets", None) or []
     paths = [getattr(dataset, "custom_generate_function_path", None) for dataset in datasets]
     return [path for path in paths if str(path or of_run).endswith("generate_with_tau.generate")]
-
-
-def _judge_silent(agent: TokenAgent, episode: Episode) -> None:
-    """A customer that ends the dialogue before the agent's first turn has failed: nothing was asked of the agent."""
-    if not agent.turns and not (episode.end_reason.is_infrastructure or episode.end_reason.is_truncated):
-        episode.end_reason = EndReason.USER_FAILED
-        episode.detail = "the customer ended the dialogue before the agent's first turn"
 
 
 def _first_metadata(args: Any) -> dict:
@@ -264,10 +256,6 @@ def _finish(args: Any, sample: Any, agent: TokenAgent, episode: Episode, how: di
     record = {**_record(agent, episode), **how}
     if episode.end_reason.is_infrastructure:
         return _remove(args, sample, record)
-    if not agent.turns:
-        problem = agent.no_room() or f"{episode.end_reason.value} before the agent's first turn: raise tau2_max_steps"
-        logger.error("sample %s: %s", sample.index, problem)
-        return _remove(args, sample, {**record, "bad_input": problem})
     _clear(sample)
     sample.tokens = list(agent.prompt_ids)
     _append_turns(args, sample, agent)

@@ -121,6 +121,13 @@ class EndEpisode(Exception):
         self.detail = detail
 
 
+class NoRoom(EndEpisode):
+    """Raised by an agent whose context has no room for another turn: nothing of that turn was generated."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(EndReason.CONTEXT_FULL, detail)
+
+
 @dataclass
 class AgentToolCall:
     """One tool call of the agent. `error` is set when the model's call could not be parsed: it then counts as a tool
@@ -179,8 +186,8 @@ class EpisodeConfig:
         if self.prompt not in PROMPTS:
             raise BadInput(f"unknown prompt profile {self.prompt!r}; choose one of: {', '.join(PROMPTS)}")
         self._check_domain()
-        if self.max_steps < 1 or self.max_errors < 1:
-            raise BadInput("max_steps and max_errors must be at least 1")
+        if self.max_steps < 2 or self.max_errors < 1:  # the customer's first message, and an answer
+            raise BadInput("max_steps must be at least 2, and max_errors at least 1")
         if self.user_concurrency < 1:
             raise BadInput("user_concurrency must be at least 1")
         has_model = tau2_users.has_model(self.user)
@@ -312,7 +319,8 @@ async def run_episode(
     """Runs one task (a tau2 Task or its dict) to its end and scores it.
 
     `should_stop` is asked while a customer's model is waited for; the episode then ends as `generation_aborted`.
-    Whatever happens inside the episode becomes its `end_reason`; only BadInput (unusable settings) and
+    Whatever happens inside the episode becomes its `end_reason`, a dialogue that ends before the agent's first turn
+    `user_failed`. Only BadInput (unusable settings, a prompt that leaves no room for a turn) and
     asyncio.CancelledError leave this function."""
     config.validate()
     task = read_task(task) if isinstance(task, dict) else task
@@ -391,8 +399,15 @@ class _Run:
     async def run(self) -> Episode:
         try:
             self._set_up()
-            reason, detail = await self._talk()
+            reason, detail = await self._talk(), ""
+            if not self.episode.agent_turns:  # nothing was asked of the agent
+                reason, detail = EndReason.USER_FAILED, f"{reason.value} before the agent's first turn"
         except EndEpisode as end:
+            if isinstance(end, NoRoom) and not self.episode.agent_turns:
+                raise BadInput(
+                    f"the prompt leaves no room for a turn ({end.detail}): choose a shorter prompt, or a larger "
+                    "context (--max-context-len, --rollout-max-context-len, or the server's own)"
+                ) from end
             reason, detail = end.reason, end.detail
         except Exception as error:
             reason, detail = EndReason.ENVIRONMENT_FAILED, one_line(error)
@@ -424,7 +439,7 @@ class _Run:
         )
         self.orchestrator.initialize()
 
-    async def _talk(self) -> tuple[EndReason, str]:
+    async def _talk(self) -> EndReason:
         """Steps the orchestrator to its end; the order of the checks is tau2's own."""
         orchestrator = self.orchestrator
         await self._start_agent()
@@ -438,10 +453,10 @@ class _Run:
             if orchestrator.to_role == self.role.ENV:
                 continue
             if orchestrator.num_errors >= orchestrator.max_errors:
-                return EndReason.TOO_MANY_ERRORS, ""
+                return EndReason.TOO_MANY_ERRORS
             if orchestrator.step_count >= orchestrator.max_steps:
-                return EndReason.MAX_STEPS, ""
-        return _stop_reason(orchestrator.message.content), ""
+                return EndReason.MAX_STEPS
+        return _stop_reason(orchestrator.message.content)
 
     async def _start_agent(self) -> None:
         greeting = self.orchestrator.trajectory[-1].content

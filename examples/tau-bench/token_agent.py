@@ -19,7 +19,7 @@ from pathlib import Path
 
 from http_client import RequestFailed, post_json
 from openai_tool_adapter import ChatTemplate, parse_turn
-from tau2_episode import AgentTurn, EndEpisode, EndReason
+from tau2_episode import AgentTurn, EndEpisode, EndReason, NoRoom
 from tau2_settings import DEFAULTS
 
 ATTEMPTS = 3
@@ -150,12 +150,6 @@ class TokenAgent:
         """Of the sampled ids, 0.0 on the template's; as long as response_ids."""
         return [value for turn in self.turns for value in (*[0.0] * len(turn.before), *turn.log_probs)]
 
-    def no_room(self) -> str | None:
-        """Of an episode that has ended: what was wrong when the prompt left no room for a single turn."""
-        if self.turns or not self.prompt_ids:
-            return None
-        return f"the prompt has {len(self.prompt_ids)} tokens, no room for a turn within {self.limits}"
-
     def usage(self) -> dict[str, int]:
         """Tokens over all calls: read (`prompt`), of those found in the engine's cache, and generated."""
         keys = {"prompt": "prompt_tokens", "cached": "cached_tokens", "generated": "completion_tokens"}
@@ -181,7 +175,7 @@ class TokenAgent:
         if self.limits.context is not None:
             left.append(self.limits.context - len(self.prompt_ids) - response)
         if min(left) < 1:
-            raise EndEpisode(EndReason.CONTEXT_FULL, f"{len(self.prompt_ids)} prompt and {response} response tokens")
+            raise NoRoom(f"{len(self.prompt_ids)} prompt and {response} response tokens within {self.limits}")
         return min(left)
 
     async def _sample(self, before: list[int], room: int) -> TurnTokens:
