@@ -11,6 +11,7 @@ from fake_openai import FakeAgent, serving_openai
 
 import chat_agent
 import http_client
+from backoff import LONGEST_ASKED, LONGEST_WAIT, asked_seconds, seconds_to_wait
 from chat_agent import ChatAgent, Endpoint, read_message
 from evaluate_tau2 import main
 from http_client import close_session
@@ -144,7 +145,7 @@ def test_calls_are_judged_as_those_of_token_agents(name, arguments):
     assert (found.name, found.error) == (expected.name, expected.error) and found.name == INVALID_TOOL_CALL
 
 
-@pytest.mark.parametrize("arguments", ["", None, "{}", {}])
+@pytest.mark.parametrize("arguments", ["", None, "{}", {}, "null"])
 def test_a_call_without_arguments_however_it_is_written(arguments):
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
     (found,) = read_message({"content": "", "tool_calls": [call("f", arguments)]}, tools).turn.tool_calls
@@ -178,13 +179,37 @@ async def test_an_empty_turn_is_an_error_and_the_dialogue_goes_on(provider, base
     misbehave(provider, choice(content), 2, 2)
     episode, _ = await play(base)
     assert (episode.reward, episode.tool_errors) == (1.0, 1)
-    assert "empty" in provider.requests[2]["messages"][-1]["content"]
+    before, sent = provider.requests[1]["messages"], provider.requests[2]["messages"]
+    said = [{"role": "assistant", "content": content}] if content and content.strip() else []
+    assert sent[len(before) : -1] == said, "nothing is sent back that was never said"
+    assert sent[-1]["role"] == "user" and "empty" in sent[-1]["content"]
 
 
-async def test_a_call_that_the_server_left_in_the_text(provider, base):
-    misbehave(provider, choice('<tool_call>{"name": "fly", "arguments": {}}</tool_call>'), 2, 2)
+@pytest.mark.parametrize("name, arguments", [("fly", {}), ("get_customer_by_phone", json.loads(PHONE))])
+async def test_a_call_that_the_server_left_in_the_text(provider, base, name, arguments):
+    text = f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+    misbehave(provider, choice(f"<think>hm</think>Let me see. {text}"), 2, 2)
+    episode, agent = await play(base)
+    assert (episode.reward, episode.tool_errors, agent.asides) == (1.0, name == "fly", 1)
+    *_, turn, _ = provider.requests[2]["messages"]
+    assert turn["content"] == "Let me see.", "the call goes back once"
+    assert [made["function"]["name"] for made in turn["tool_calls"]] == [name]
+
+
+async def test_a_call_of_the_old_form(provider, base):
+    message = {"role": "assistant", "content": None, "function_call": call("get_customer_by_phone", PHONE)["function"]}
+    misbehave(provider, {"index": 0, "finish_reason": "function_call", "message": message}, 1, 1)
     episode, _ = await play(base)
-    assert (episode.reward, episode.tool_errors) == (1.0, 1)
+    assert (episode.reward, episode.tool_errors) == (1.0, 0)
+    assert episode.messages[3]["tool_calls"][0]["function"]["name"] == "get_customer_by_phone"
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+async def test_a_thought_that_the_server_keeps_apart_is_counted(provider, base, name):
+    for said in (choice("Hello."), choice(None, call("get_customer_by_phone", PHONE))):
+        said["message"][name] = "The customer wants help."
+        misbehave(provider, said, len(provider.requests) + 1, len(provider.requests) + 1)
+        assert (await play(base))[1].asides == 1
 
 
 @pytest.mark.parametrize(
@@ -322,11 +347,14 @@ async def test_the_server_says_when_to_come_back(provider, base):
     assert (await play(base))[0].reward == 1.0 and time.monotonic() - began >= 1.0
 
 
-def test_a_wait_is_bounded_and_may_be_a_date():
-    assert http_client._seconds("7") == 7 and http_client._seconds("soon") == http_client._seconds("") == 0
-    assert 25 < http_client._seconds(formatdate(time.time() + 30, usegmt=True)) <= 30
-    again = http_client._Again("busy", 429, "100000")
-    assert http_client._wait(again, 1.0) == http_client.LONGEST_WAIT
+def test_a_wait_is_bounded_and_may_be_a_date(caplog):
+    assert asked_seconds("7") == 7 and asked_seconds(" 2.5 ") == 2.5
+    assert 25 < asked_seconds(formatdate(time.time() + 30, usegmt=True)) <= 30
+    nothing = ("soon", "", "²", "-5", "1e3", "Mon, 01 Jan 0000 00:00:00 GMT")
+    assert {asked_seconds(text) for text in nothing} == {0.0}
+    assert seconds_to_wait(1, 1.0, "120") == 120 and not caplog.text
+    assert seconds_to_wait(1, 1.0, "100000") == LONGEST_ASKED and "asks to wait 100000 s" in caplog.text
+    assert seconds_to_wait(30, 1.0) == LONGEST_WAIT
 
 
 # -- before any episode ----------------------------------------------------------------------------------------------

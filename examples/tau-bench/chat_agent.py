@@ -95,7 +95,8 @@ def _read_completion(answer: Any) -> dict:
         choice = answer["choices"][0]
         _refuse_error(choice)
         message = json.loads(_whole_characters(json.dumps(dict(choice["message"]), ensure_ascii=False)))
-        message["tool_calls"] = [dict(call) for call in message.get("tool_calls") or []]
+        calls = message.get("tool_calls") or _legacy_calls(message)
+        message["tool_calls"] = [dict(call) for call in calls]
         return {
             "message": message,
             "finish_reason": choice.get("finish_reason"),
@@ -105,6 +106,12 @@ def _read_completion(answer: Any) -> dict:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise UnusableAnswer(f"the answer is no chat completion: {json.dumps(answer)[:1000]}") from None
+
+
+def _legacy_calls(message: dict) -> list[dict]:
+    """The call of a server that still answers with `function_call`, as a list of calls."""
+    call = message.get("function_call")
+    return [{"type": "function", "function": call}] if call else []
 
 
 def _refuse_error(choice: dict) -> None:
@@ -146,7 +153,7 @@ class ChatAgent:
         parsed = read_message(answer["message"], self._tools)
         self.turns += 1
         self.asides += bool(parsed.aside)
-        self._messages.append(_as_history(answer["message"], parsed.turn, self.turns))
+        self._messages += _as_history(answer["message"], parsed, self.turns)
         return parsed.turn
 
     def usage(self) -> dict[str, int]:
@@ -154,10 +161,13 @@ class ChatAgent:
         return {name: self._usage[name] for name in ("prompt", "cached", "generated")}
 
     def _with_own_ids(self, new_messages: list[dict]) -> list[dict]:
-        """Tool results, which come in the calls' order, under the ids that the endpoint gave its calls."""
+        """Tool results, which come in the calls' order, under the ids that the endpoint gave its calls. What an empty
+        turn is answered belongs to no call: a user's message is the form that every server takes."""
         if new_messages[0]["role"] != "tool":
             return new_messages
-        calls = self._messages[-1]["tool_calls"]
+        calls = self._messages[-1].get("tool_calls")
+        if not calls:
+            return [{"role": "user", "content": message["content"]} for message in new_messages]
         return [
             {"role": "tool", "tool_call_id": call["id"], "content": message["content"]}
             for call, message in zip(calls, new_messages, strict=True)
@@ -212,10 +222,18 @@ def read_message(message: dict, tools: list[dict]) -> ParsedTurn:
     """An assistant message as a turn, judged as `parse_turn` judges a text. A call that the server could not parse and
     left in the text is a call too."""
     parsed = parse_turn(_text(message), tools)
+    thought = _thought(message)
     if not message["tool_calls"]:
-        return parsed
-    aside = parsed.turn.content or parsed.aside
-    return ParsedTurn(AgentTurn(tool_calls=[_read_call(call, tools) for call in message["tool_calls"]]), aside)
+        return replace(parsed, aside=parsed.aside or thought)
+    calls = [_read_call(call, tools) for call in message["tool_calls"]]
+    beside = parsed.turn.content or parsed.beside
+    return ParsedTurn(AgentTurn(tool_calls=calls), beside or parsed.aside or thought, beside)
+
+
+def _thought(message: dict) -> str:
+    """What servers that keep thoughts out of the text write beside it."""
+    found = [message.get(name) for name in ("reasoning_content", "reasoning")]
+    return next((text for text in found if isinstance(text, str) and text.strip()), "")
 
 
 def _text(message: dict) -> str:
@@ -231,16 +249,17 @@ def _read_call(call: dict, tools: list[dict]) -> AgentToolCall:
     if not isinstance(function, dict):
         return read_call(function, tools, json.dumps(call))
     arguments = function.get("arguments")
-    # Some servers write nothing for a call without arguments.
-    arguments = {} if arguments in (None, "") else arguments
+    # Some servers write nothing, or null, for a call without arguments.
+    arguments = {} if arguments in (None, "", "null") else arguments
     return read_call({"name": function.get("name"), "arguments": arguments}, tools, json.dumps(function))
 
 
-def _as_history(message: dict, turn: AgentTurn, number: int) -> dict:
-    """The message as it is sent back. The model's own words, but calls in a form that every server reads again: ids
-    that are there and differ, names of ordinary characters, arguments that are an object."""
-    if not turn.tool_calls:
-        return {"role": "assistant", "content": _text(message)}
+def _as_history(message: dict, parsed: ParsedTurn, number: int) -> list[dict]:
+    """The message as it is sent back; none where it was empty. The model's own words, but calls in a form that every
+    server reads again: ids that are there and differ, names of ordinary characters, arguments that are an object."""
+    turn, text = parsed.turn, _text(message)
+    if parsed.is_empty or not turn.tool_calls:
+        return [{"role": "assistant", "content": text}] if text.strip() else []
     said = message["tool_calls"] or [{}] * len(turn.tool_calls)
     ids = [call.get("id") for call in said]
     if len(set(map(str, ids))) < len(ids) or not all(isinstance(id_, str) and id_ for id_ in ids):
@@ -249,14 +268,14 @@ def _as_history(message: dict, turn: AgentTurn, number: int) -> dict:
         {"id": id_, "type": "function", "function": _function(call.get("function"), read)}
         for id_, call, read in zip(ids, said, turn.tool_calls, strict=True)
     ]
-    return {"role": "assistant", "content": _text(message) or None, "tool_calls": calls}
+    return [{"role": "assistant", "content": parsed.beside or None, "tool_calls": calls}]
 
 
 def _function(said: Any, read: AgentToolCall) -> dict[str, str]:
     said = said if isinstance(said, dict) else {}
     name, arguments = said.get("name"), said.get("arguments")
     if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
-        name = read.name
+        name = read.asked_for if TOOL_NAME.fullmatch(read.asked_for or "") else read.name
     return {"name": name, "arguments": arguments if _is_object(arguments) else json.dumps(read.arguments)}
 
 

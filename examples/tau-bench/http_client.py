@@ -11,20 +11,18 @@ import atexit
 import contextlib
 import json
 import logging
-import random
-import time
 from collections.abc import Callable
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
 
+from backoff import seconds_to_wait
 from tau2_llm_customer import SHORTEST_SECRET, mask
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before another attempt; doubled each time
+FIRST_WAIT = 0.5  # seconds before another attempt; doubled each time
 CONNECT_SECONDS = 10
 RETRIED_STATUSES = (408, 409, 425, 429)  # beside 5xx
 QUOTED = 400  # characters of an error's text
@@ -105,7 +103,7 @@ async def post_json(
         except (aiohttp.ClientError, TimeoutError, OSError, UnusableAnswer, _Again) as error:
             problem = _without_keys(f"{url}: {_name(error)}{error}".rstrip(), headers)
             failed = RequestFailed(f"{problem} ({attempts} attempts)", getattr(error, "status", None))
-            wait = _wait(error, first_wait * 2 ** (attempt - 1))
+            wait = seconds_to_wait(attempt, first_wait, getattr(error, "retry_after", ""))
         if wait is None or attempt == attempts:
             break
         logger.warning("%s; trying again in %.1f s", problem, wait)
@@ -150,22 +148,6 @@ async def _read_body(response: aiohttp.ClientResponse, url: str) -> bytes:
 
 def _name(error: Exception) -> str:
     return "" if isinstance(error, (_Again, UnusableAnswer)) else f"{type(error).__name__} "
-
-
-def _wait(error: Exception, wait: float) -> float:
-    """Seconds before the next attempt: longer and longer, and as long as the server asks for."""
-    asked = _seconds(getattr(error, "retry_after", ""))
-    return min(LONGEST_WAIT, max(wait * random.uniform(0.75, 1.5), asked))
-
-
-def _seconds(retry_after: str) -> float:
-    """Of a Retry-After header, which holds seconds or a date; 0 for anything else."""
-    if retry_after.strip().isdigit():
-        return float(retry_after)
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return 0.0
 
 
 def _without_keys(text: str, headers: dict | None) -> str:

@@ -33,10 +33,13 @@ MAX_QUOTED = 400  # characters of a broken call that are kept in the record
 
 @dataclass
 class ParsedTurn:
-    """One model turn: what is delivered (`turn`), and what nobody is shown: thoughts, and text beside tool calls."""
+    """One model turn: what is delivered (`turn`), and what nobody is shown (`aside`): thoughts, and text beside tool
+    calls (`beside`). is_empty: neither a text nor a call was said, and the call of `turn` stands for that."""
 
     turn: AgentTurn
     aside: str = ""
+    beside: str = ""
+    is_empty: bool = False
 
 
 def parse_turn(text: str, tools: Sequence[dict], control_tokens: Sequence[str] = ()) -> ParsedTurn:
@@ -52,10 +55,10 @@ def parse_turn(text: str, tools: Sequence[dict], control_tokens: Sequence[str] =
     spoken = _strip_control(spoken, control_tokens)
     if bodies:
         calls = [_read_call(body, closed, tools) for body, closed in bodies]
-        return ParsedTurn(AgentTurn(tool_calls=calls), "\n".join(filter(None, (thought, spoken))))
+        return ParsedTurn(AgentTurn(tool_calls=calls), "\n".join(filter(None, (thought, spoken))), spoken)
     if not spoken:
         calls = [_invalid("", "the message is empty: write text or call a tool")]
-        return ParsedTurn(AgentTurn(tool_calls=calls), thought)
+        return ParsedTurn(AgentTurn(tool_calls=calls), thought, is_empty=True)
     return ParsedTurn(AgentTurn(content=spoken), thought)
 
 

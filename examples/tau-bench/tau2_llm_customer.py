@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import threading
 import weakref
@@ -26,13 +25,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from backoff import seconds_to_wait
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "gemini/gemini-2.5-flash-lite"
 DEFAULTS = {"temperature": 0.0, "timeout": 60, "num_retries": 4}  # `timeout`: seconds of one call
 WAITING = ("timeout", "num_retries")  # arguments that change no answer that is recorded
 CONCURRENCY = 32  # calls at a time, in one event loop
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before another try; doubled each time, give or take a half
+FIRST_WAIT = 1.0  # seconds before another try; doubled each time
 GRACE = 5.0  # seconds that a call may take beyond `timeout`, in which litellm should have given up
 PREFLIGHT_RETRIES = 2
 
@@ -376,11 +377,8 @@ def _is_final(error: Exception) -> bool:
 
 
 def _wait(error: Exception, number: int) -> float:
-    """Seconds before the next try: what the server asks for, or longer and longer."""
     headers = getattr(error, "litellm_response_headers", None) or {}
-    asked = str(headers.get("retry-after", ""))
-    wait = FIRST_WAIT * 2 ** (number - 1) * random.uniform(0.5, 1.5)
-    return min(LONGEST_WAIT, max(wait, float(asked) if asked.isdigit() else 0.0))
+    return seconds_to_wait(number, FIRST_WAIT, str(headers.get("retry-after", "")))
 
 
 def explain(error: Exception, model: str, args: dict[str, Any]) -> str:
