@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fake_generate import FakeModel, serving
 
+import summarize
 from evaluate_tau2 import main
 from openai_tool_adapter import load_chat_template
 from tau2_compare import labels
@@ -192,6 +193,66 @@ def test_rescoring_mends_rewards_that_were_tampered_with(mixed, tmp_path, capsys
     again = tmp_path / "again.json"
     assert main(["rescore", str(tmp_path / "x.json"), "--output-path", str(again)]) == 0
     assert read(again)["pass_at_1"] == honest < 1 and "28 of 28" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["compare", "teacher"], ["rescore"]])
+def test_the_result_of_another_evaluation_is_not_overwritten(runs, tmp_path, capsys, command):
+    inputs = [str(runs / f"{name}.json") for name in [*command[1:], "do-nothing"]]
+    result = (runs / "always-transfer.json").read_bytes()
+    (tmp_path / "result.json").write_bytes(result)
+    (tmp_path / "damaged.json").write_text("{")
+    (tmp_path / "damaged.rows.jsonl").write_text("")
+    for name in ("result", "damaged"):
+        assert main([command[0], *inputs, "--output-path", str(tmp_path / f"{name}.json")]) == 2
+        assert "holds the result of an evaluation" in capsys.readouterr().err
+    assert (tmp_path / "result.json").read_bytes() == result
+    assert main(["rescore", inputs[-1], "--output-path", inputs[-1]]) == 2
+
+
+def test_a_comparison_may_be_made_again(runs, tmp_path):
+    paths = [str(runs / f"{name}.json") for name in ("teacher", "do-nothing")]
+    for _ in range(2):
+        assert main(["compare", *paths, "--output-path", str(tmp_path / "c.json")]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of run_local.sh
+
+
+def stage(runs, folder, name, **changed):
+    (folder / f"eval_{name}.json").write_text(json.dumps(read(runs / "teacher.json") | changed))
+
+
+def test_a_table_holds_stages_that_were_evaluated_alike(runs, tmp_path, capsys):
+    for name in ("base", "grpo"):
+        stage(runs, tmp_path, name)
+    stage(runs, tmp_path, "redrawn", redraw_ids=True)
+    assert summarize.main(["--run-dir", str(tmp_path)]) == 0
+    assert "12 telecom test tasks, greedy." in capsys.readouterr().out
+    for name in ("base", "grpo", "redrawn"):
+        stage(runs, tmp_path, name, temperature=0.7, redraw_ids=name == "redrawn")
+    assert summarize.main(["--run-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "temperature 0.7" in out and "greedy" not in out
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"customer": {"kind": "llm"}},
+        {"task_split": "train"},
+        {"total_tasks": 7},
+        {"redraw_ids": True},
+        {"prompt": "x"},
+    ],
+)
+def test_a_table_of_stages_that_were_evaluated_otherwise_is_refused(runs, tmp_path, capsys, changed):
+    stage(runs, tmp_path, "base")
+    stage(runs, tmp_path, "grpo", **changed)
+    assert summarize.main(["--run-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"eval_base.json and eval_grpo.json cannot stand in one table ({next(iter(changed))} " in error
+    assert len(error.splitlines()) == 1 and not (tmp_path / "summary.json").exists()
 
 
 def test_a_model_that_nobody_asked_is_not_shown(runs, tmp_path, capsys):

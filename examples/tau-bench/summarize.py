@@ -24,6 +24,8 @@ from tau2_results import read_result, write_json
 STAGES = ("base", "sft", "rft", "grpo", "redrawn")
 ISSUES = ("service_issue", "mobile_data_issue", "mms_issue")  # telecom's order; other domains' follow by name
 EPISODES = {"results", "simulations", "tasks", "info"}  # stay where they are
+# What all stages of a table have in common; `redrawn` may have new ids.
+SHARED = ("domain", "task_split", "total_tasks", "num_trials", "customer", "prompt", "temperature", "redraw_ids")
 NEEDED = {
     "metrics": dict,
     "pass_at_1": int | float,
@@ -39,7 +41,8 @@ NEEDED = {
 
 
 def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """The evaluation of each stage, with the minutes that the stage took. Raises BadInput when none is there."""
+    """The evaluation of each stage, with the minutes that the stage took. Raises BadInput when none is there, and for
+    evaluations that one table cannot hold."""
     minutes = read_minutes(run_dir / "minutes.tsv")
     stages = {}
     for stage in STAGES:
@@ -48,7 +51,21 @@ def read_stages(run_dir: Path) -> dict[str, dict[str, Any]]:
             stages[stage] = {**read_numbers(path), "stage_minutes": minutes[stage] + minutes[f"eval_{stage}"]}
     if not stages:
         raise BadInput(f"no eval_{{{','.join(STAGES)}}}.json in {run_dir}: run run_local.sh first")
+    check_alike(run_dir, stages)
     return stages
+
+
+def check_alike(run_dir: Path, stages: dict[str, dict[str, Any]]) -> None:
+    """Raises BadInput for a stage that was evaluated in another way than the first."""
+    first, *others = stages
+    for other in others:
+        names = [name for name in SHARED if (name, other) != ("redraw_ids", "redrawn")]
+        a, b = stages[first], stages[other]
+        if told := [f"{name} {a.get(name)!r} and {b.get(name)!r}" for name in names if a.get(name) != b.get(name)]:
+            raise BadInput(
+                f"{run_dir}: eval_{first}.json and eval_{other}.json cannot stand in one table ({'; '.join(told)}): "
+                "evaluate one of them again, as the other"
+            )
 
 
 def read_numbers(path: Path) -> dict[str, Any]:
@@ -126,8 +143,9 @@ def print_report(result: dict[str, Any], path: Path) -> None:
     floor = "-" if result["floor"] is None else f"{result['floor']:.3f}"
     print(f"floor (always transfer): {floor}   minutes in all: {result['minutes']}")
     print(f"customer: {json.dumps(result['customer'])}   prompt: {result['prompt']}")
+    sampling = "greedy" if last.get("temperature") == 0 else f"temperature {last.get('temperature')}"
     print(
-        f"{last['total_tasks']} {last['domain']} {last['task_split']} tasks, greedy. "
+        f"{last['total_tasks']} {last['domain']} {last['task_split']} tasks, {sampling}. "
         f"Customer {result['customer'].get('kind')}, {result['prompt']} prompt: these numbers do not compare with "
         "published tau2 scores."
     )

@@ -215,7 +215,8 @@ def read_result(path: str | Path) -> dict[str, Any]:
 
 
 def check_output(flag: str, path: str | Path, inputs: Sequence[str | Path] = ()) -> None:
-    """Raises BadInput, before any work, for a file that cannot be written, or that is one of the inputs."""
+    """Raises BadInput, before any work, for a file that cannot be written, that is one of the inputs, or that is an
+    evaluation's."""
     path = Path(path)
     if os.path.isdir(path):
         raise BadInput(f"{flag} {path} is a folder: give a file in it")
@@ -224,6 +225,16 @@ def check_output(flag: str, path: str | Path, inputs: Sequence[str | Path] = ())
     for given in inputs:
         if os.path.realpath(given) == os.path.realpath(path):
             raise BadInput(f"{flag} {path} would overwrite what is read: give another file")
+    if path.exists() and (rows_path(str(path)).exists() or _is_result(path)):
+        raise BadInput(f"{flag} {path} holds the result of an evaluation: give another file, or remove it")
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        read_result(path)
+    except BadInput:
+        return False
+    return True
 
 
 def write_json(path: Path, value: dict) -> None:
