@@ -387,9 +387,9 @@ async def test_a_failing_llm_customer_is_no_reward(fake_llm, failure):
 
 async def test_out_of_scope_is_its_own_reason(fake_llm):
     answers, _ = fake_llm
-    answers += ["###OUT-OF-SCOPE###"]
-    episode, _ = await play(find_task(AIRPLANE), config=EpisodeConfig(user="openai/some-model"))
-    assert (episode.end_reason, episode.agent_turns) == (EndReason.OUT_OF_SCOPE, 0)
+    answers += ["Hello!", "###OUT-OF-SCOPE###"]
+    episode, _ = await play(find_task(AIRPLANE), "Hello.", config=EpisodeConfig(user="openai/some-model"))
+    assert (episode.end_reason, episode.agent_turns) == (EndReason.OUT_OF_SCOPE, 1)
 
 
 # -- tasks and bad input ---------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ async def test_an_episode_with_a_model_as_the_customer(provider, base, task):
     assert {tool["function"]["name"] for tool in sent["tools"]} >= {"toggle_airplane_mode", "check_status_bar"}
     assert set(provider.keys) == {"Bearer none"}, "no key in the environment, none invented"
     user = episode_to_row(episode)["user"]
-    assert (user["kind"], user["model"], user["args"]["num_retries"]) == ("llm", MODEL, 1)
+    assert (user["kind"], user["model"], user["args"]) == ("llm", MODEL, {"temperature": 0.0, "api_base": base})
 
 
 TRANSIENT = [429, 500, 502, 503, 408, "drop", "html", "empty", "blank", "no choices", "broken", "list", "hang"]
@@ -386,10 +386,10 @@ def test_a_run_goes_on_with_more_patience_and_is_compared_with_one_that_had_less
     assert evaluate(tmp_path, base, "--num-tasks", "2") == 0
     paths = [str(tmp_path / name) for name in ("first.json", "o.json")]
     (tmp_path / "o.json").rename(paths[0])
-    assert evaluate(tmp_path, base, "--num-tasks", "3", timeout=60, num_retries=4) == 0
-    assert "continuing: 2 of 3" in capsys.readouterr().out
+    assert evaluate(tmp_path, base, "--num-tasks", "4", timeout=60, num_retries=4) == 0
+    assert "continuing: 2 of 4" in capsys.readouterr().out
     assert evaluate_tau2.main(["compare", *paths]) == 0
-    assert evaluate(tmp_path, base, "--num-tasks", "3", temperature=0.5) == 2
+    assert evaluate(tmp_path, base, "--num-tasks", "4", temperature=0.5) == 2
 
 
 def test_a_failing_customer_makes_the_evaluation_incomplete(provider, base, tmp_path, capsys):
