@@ -126,6 +126,42 @@ def test_groups_are_slimes(make_args):
         source.add_samples(groups)
 
 
+def test_a_file_that_holds_tasks_several_times_gives_none_twice_in_one_call(make_args):
+    source = CurriculumDataSource(make_args())
+    source.rows, source.tasks = source.rows * 4, source.tasks * 4  # as files of tau2_mock.py --mix
+    for _ in range(20):
+        assert len({group[0].metadata["task_id"] for group in source.get_samples(12)}) == 12
+    assert len(source.get_samples(14)) == 14
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample_group_index": "x"},
+        {"sample_index": -1},
+        {"outcomes": []},
+        {"outcomes": {"a": ["1", "0"]}},
+        {"outcomes": {"a": [2]}},
+        {"outcomes": {"a": None}},
+    ],
+)
+def test_a_damaged_state_is_refused(make_args, tmp_path, changes):
+    args = make_args(save=str(tmp_path), load=str(tmp_path))
+    source = CurriculumDataSource(args)
+    play(source, 3, by_number)
+    before = source.state_dict()
+    with pytest.raises(BadInput, match="no state of a curriculum"):
+        source.load_state_dict(before | changes)
+    assert source.state_dict() == before
+    source.save(0)
+    path = tmp_path / "rollout/curriculum_0.json"
+    path.write_text(json.dumps(before | changes))
+    with pytest.raises(BadInput, match=r"curriculum_0\.json is no state"):
+        source.load(0)
+    with pytest.raises(BadInput, match="it is no object"):
+        source.load_state_dict([])
+
+
 def test_what_broke_is_no_outcome_and_old_outcomes_are_forgotten(make_args):
     source = CurriculumDataSource(make_args(tau2_curriculum_window=8))
     (group,) = source.get_samples(1)

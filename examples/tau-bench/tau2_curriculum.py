@@ -95,7 +95,7 @@ class CurriculumDataSource:
         """`num_samples` groups, each of --n-samples-per-prompt samples with their own index."""
         groups = []
         while len(groups) < num_samples:
-            drawn = self._draw(min(num_samples - len(groups), len(self.rows)))
+            drawn = self._draw(num_samples - len(groups))
             groups += [self._group(self.rows[place]) for place in drawn]
         return groups
 
@@ -104,10 +104,14 @@ class CurriculumDataSource:
         raise RuntimeError("this data source takes no samples back")
 
     def _draw(self, count: int) -> list[int]:
-        """Places of `count` different rows, each with its weight (Efraimidis and Spirakis 2006, algorithm A-Res)."""
+        """Places of rows of `count` different tasks, or of all: each row has its task's weight (Efraimidis and
+        Spirakis 2006, algorithm A-Res), so a task that a file holds several times is likelier, and drawn once."""
         rng = random.Random(f"{self.args.rollout_seed}:{self.sample_group_index}")
         keys = [math.log(1.0 - rng.random()) / self.weight(task) for task in self.tasks]
-        return sorted(range(len(keys)), key=keys.__getitem__, reverse=True)[:count]
+        first: dict[str, int] = {}
+        for place in sorted(range(len(keys)), key=keys.__getitem__, reverse=True):
+            first.setdefault(self.tasks[place], place)
+        return list(first.values())[:count]
 
     def weight(self, task_id: str) -> float:
         """The chance of a task to be drawn, up to a factor; 1 at the most."""
@@ -168,7 +172,9 @@ class CurriculumDataSource:
         return copy.deepcopy({name: getattr(self, name) for name in names})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. What another data source left tells no outcomes."""
+        """Continue where `state_dict` was taken. What another data source left tells no outcomes. Raises BadInput."""
+        if problem := _problem_with(state):
+            raise BadInput(f"this is no state of a curriculum: {problem}")
         self.sample_group_index, self.sample_index = state["sample_group_index"], state["sample_index"]
         self.outcomes = copy.deepcopy(state.get("outcomes", self.outcomes))
 
@@ -197,8 +203,24 @@ class CurriculumDataSource:
     def _load_file(self, path: Path) -> None:
         try:
             self.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        except (BadInput, OSError, ValueError, RecursionError) as error:
             raise BadInput(f"{path} is no state of a curriculum ({error!r})"[:300]) from error
+
+
+def _problem_with(state: Any) -> str:
+    """What is wrong with a data source's state; "" when nothing is."""
+    if not isinstance(state, dict):
+        return "it is no object"
+    for name in ("sample_group_index", "sample_index"):
+        if type(state.get(name)) is not int or state[name] < 0:
+            return f"{name} is no count"
+    outcomes = state.get("outcomes", {})
+    lists = outcomes.values() if isinstance(outcomes, dict) else [None]
+    if not all(
+        isinstance(found, list) and all(type(one) is int and one in (0, 1) for one in found) for found in lists
+    ):
+        return "outcomes are no lists of 0 and 1"
+    return ""
 
 
 def _task_of(metadata: dict | None) -> str:
