@@ -77,6 +77,12 @@ def test_where_all_tasks_agree_the_exact_bound_stands(n):
     assert all_of_them.low**n == pytest.approx(0.025) and none.high == pytest.approx(1 - all_of_them.low)
 
 
+def test_equal_values_between_the_ends_tell_no_interval():
+    found = metrics(rows(a="10", b="01", c="10"))
+    assert found["pass_at_1"] == {"value": 0.5, "low": None, "high": None}
+    assert found["pass_at_k"]["2"]["low"] is not None, "all 1: the exact bound"
+
+
 def test_a_single_task_has_no_interval():
     assert metrics(rows(a="10"))["pass_at_1"] == {"value": 0.5, "low": None, "high": None}
 

@@ -499,15 +499,20 @@ def graded(reward: float, checks: dict) -> dict[str, Any]:
     }
 
 
-def measure_floor(domain: str, tasks: list) -> float:
+def measure_floor(domain: str, tasks: list) -> float | None:
     """pass@1 of transferring at once, on the same tasks, with the domain's customer without a model: what the customer
-    says to a hand-over decides nothing."""
+    says to a hand-over decides nothing. None, and told, when an episode broke."""
     config = EpisodeConfig(domain, user=default_customer(domain))
 
     async def run_floor() -> list[Episode]:
         return [await run_episode(task, AlwaysTransfer(), config) for task in tasks]
 
-    return statistics.fmean(episode.solved for episode in asyncio.run(run_floor()))
+    episodes = asyncio.run(run_floor())
+    for episode in episodes:
+        if episode.end_reason.is_infrastructure:
+            print(f"no floor: task {episode.task_id}: {episode.end_reason.value}: {episode.detail}", file=sys.stderr)
+            return None
+    return statistics.fmean(episode.solved for episode in episodes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -116,7 +116,8 @@ def text(rows: list[dict[str, Any]]) -> str:
         passed, partial = evaluate_tau2.interval(row["pass_at_1"]), evaluate_tau2.interval(row["avg_partial_score"])
         told = _difference(row["difference"])
         lines.append(f"{row['mood']:<10}  {passed:<22}  {told:<34}  {partial:<22}  {row['avg_agent_turns']:.1f}")
-    lines.append(f"{rows[0]['tasks']} tasks; always-transfer floor {rows[0]['floor_always_transfer']:.3f}")
+    floor = rows[0]["floor_always_transfer"]
+    lines.append(f"{rows[0]['tasks']} tasks; always-transfer floor {'unknown' if floor is None else f'{floor:.3f}'}")
     return "\n".join(lines)
 
 

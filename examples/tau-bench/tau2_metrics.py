@@ -28,7 +28,7 @@ POWER_Z = 0.84  # of 80 % power: the 0.80 quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval; `low` and `high` are None for a single task."""
+    """A mean with its 95 % interval; `low` and `high` are None where the tasks tell none, as a single one."""
 
     value: float
     low: float | None
@@ -63,6 +63,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     """Mean of one value a task, each in 0..1, with its interval.
 
     Where all tasks have 0, or all 1, the bootstrap has no width: the exact bound of Clopper and Pearson stands there.
+    Where all have the same other value there is no interval.
     """
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
@@ -70,6 +71,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     if set(values) <= {0.0} or set(values) <= {1.0}:
         bound = ((1 - CONFIDENCE) / 2) ** (1 / n)
         return Estimate(mean, bound, 1.0) if mean else Estimate(mean, 0.0, 1.0 - bound)
+    if len(set(values)) == 1:
+        return Estimate(mean, None, None)
     return Estimate(mean, *_bootstrap(values))
 
 
