@@ -273,7 +273,8 @@ def evaluation_rows(smol_dir, tmp_path) -> Fuzzer:
     """OUTPUT.rows.jsonl of an interrupted evaluation."""
     chosen = {"domain": "telecom", "seed": 1}
     row = {"task_id": "t", "trial": 0, "run": 0, "solved": True, "reward": 1.0, "partial_score": 1.0, "minutes": 0.1}
-    row |= {"simulation": {}, "user": {}, "checks": {}, "tokens": {}}
+    row |= {"simulation": {}, "user": {}, "checks": {}, "tokens": {}, "issue_type": "i", "end_reason": "transfer"}
+    row |= {"seed": 1, "steps": 2, "agent_turns": 1, "tool_errors": 0, "customer_tool_calls": 0}
     text = "".join(json.dumps(line) + "\n" for line in ({"settings": chosen}, row, {**row, "trial": 1}))
     path = tmp_path / "e.rows.jsonl"
 

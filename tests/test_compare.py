@@ -215,6 +215,22 @@ def test_a_comparison_may_be_made_again(runs, tmp_path):
         assert main(["compare", *paths, "--output-path", str(tmp_path / "c.json")]) == 0
 
 
+def test_runs_that_were_graded_by_another_tau2_are_refused(runs, tmp_path, capsys):
+    result = read(runs / "do-nothing.json")
+    result["versions"]["tau2"] = "tau2 0.0"
+    (tmp_path / "rescored.json").write_text(json.dumps(result))
+    assert main(["compare", str(runs / "teacher.json"), str(tmp_path / "rescored.json")]) == 2
+    assert f"graded by {tau2_version()!r} and 'tau2 0.0'" in capsys.readouterr().err
+
+
+def test_simulations_in_another_order_than_their_results_are_refused(runs, tmp_path, capsys):
+    result = read(runs / "teacher.json")
+    result["simulations"].reverse()
+    (tmp_path / "x.json").write_text(json.dumps(result))
+    assert main(["rescore", str(tmp_path / "x.json")]) == 2
+    assert "not of the same task and trial" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of run_local.sh
 

@@ -297,6 +297,36 @@ def test_a_flag_that_is_the_limit_is_noted_whatever_the_model_has(evaluate):
     assert evaluate("--num-tasks", "1", "--max-context-len", "8192")[1]["settings"]["context_limit"] == 8192
 
 
+@pytest.mark.parametrize("text", ["notes, not yours", "notes\nand more", '{"settings": 3}\nx', '{"sett'])
+def test_a_foreign_rows_file_is_left_as_it_is(evaluate, capsys, text):
+    evaluate.rows.write_text(text)
+    code, _ = evaluate("--num-tasks", "1", agent="always-transfer")
+    if text == '{"sett':  # a line of ours that a full disk cut
+        assert code == 0
+    else:
+        assert code == 2 and evaluate.rows.read_text() == text and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("missing", ["issue_type", "end_reason", "steps", "seed"])
+def test_a_row_without_what_the_numbers_need_is_refused(evaluate, capsys, missing):
+    assert evaluate("--num-tasks", "2", agent="always-transfer")[0] == 0
+    first, *rows = evaluate.rows.read_text().splitlines(keepends=True)
+    row = json.loads(rows[0])
+    del row[missing]
+    evaluate.rows.write_text("".join([first, json.dumps(row) + "\n", *rows[1:]]))
+    assert evaluate("--num-tasks", "2", agent="always-transfer")[0] == 2
+    assert "line 2: not written by this program" in capsys.readouterr().err
+
+
+def test_a_floor_that_broke_is_none(evaluate, monkeypatch, capsys):
+    def reply(self, message):
+        raise RuntimeError("no phone")
+
+    monkeypatch.setattr(tau2_users.ScriptedCustomer, "reply", reply)
+    assert evaluate_tau2.measure_floor("telecom", evaluate_tau2.load_tasks("telecom", "test")[:2]) is None
+    assert "no floor: task" in capsys.readouterr().err
+
+
 def test_an_evaluation_that_is_refused_leaves_no_rows_behind(evaluate, model, tiny_model_dir, tmp_path, capsys):
     model.model_path = "/models/other"
     assert evaluate("--num-tasks", "1")[0] == 2 and not list(tmp_path.iterdir())

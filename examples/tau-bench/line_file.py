@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+BEGIN = b'{"settings": {'  # of the first line, in every file that is kept in this way
+
 
 class LineFile:
     """The file at `path`, made where there is none and held by a lock. Raises OSError, with the path;
@@ -19,6 +21,7 @@ class LineFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.torn = 0  # bytes behind the last whole line
         self.file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -29,16 +32,18 @@ class LineFile:
             raise
 
     def read(self) -> list[bytes]:
-        """The lines that are there. A torn last one counts as not written and is cut off."""
+        """The lines that are there. A torn last one counts as not written: the next write cuts it off. Raises
+        ValueError when a torn line is all there is, and not the beginning of ours."""
         self.file.seek(0)
-        data = self.file.read()
-        whole, _, torn = data.rpartition(b"\n")
-        if torn:
-            self.file.truncate(len(data) - len(torn))
+        whole, _, torn = self.file.read().rpartition(b"\n")
+        self.torn = len(torn)
+        if not whole and torn[: len(BEGIN)] != BEGIN[: len(torn)]:
+            raise ValueError("the line is not ours")
         return whole.split(b"\n") if whole else []  # not splitlines: JSON leaves U+2028 as it is
 
     def clear(self) -> None:
         self.file.truncate(0)
+        self.torn = 0
 
     @property
     def size(self) -> int:
@@ -58,6 +63,8 @@ class LineFile:
     def write(self, value: dict[str, Any]) -> None:
         """The whole line, or none of it: a full disk must not leave a part that the next line would be added to."""
         data = json.dumps(value, ensure_ascii=False).encode() + b"\n"
+        self.file.truncate(self.size - self.torn)
+        self.torn = 0
         before = self.file.seek(0, os.SEEK_END)
         try:
             written = 0

@@ -82,6 +82,7 @@ def _pair(a: dict, b: dict, name_a: str, name_b: str, anyway: bool) -> dict[str,
     if all(NOTED in result["settings"] for result in (a, b)):
         differing[NOTED] = [result["settings"][NOTED] for result in (a, b)]
     differing["customer"] = [a["customer"], b["customer"]]  # its version, beside the settings
+    differing["graded by"] = [result.get("versions", {}).get("tau2") for result in (a, b)]  # rescore may be another
     differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
     if {"user", "user_args"} & differing.keys():
         differing.pop("customer", None)  # told by the settings

@@ -468,7 +468,13 @@ def comparison(runs: list[Run]) -> dict[str, Any] | None:
 
 def _comparable(run: Run) -> dict[str, Any]:
     rows = [row.model_dump(include={"task_id", "trial", "solved", "reward", "partial_score"}) for row in run.rows]
-    return {"settings": run.result.settings, "customer": run.result.customer, "results": rows}
+    result = run.result
+    return {
+        "settings": result.settings,
+        "customer": result.customer,
+        "versions": result.versions,
+        "results": rows,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

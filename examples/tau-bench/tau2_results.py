@@ -32,6 +32,8 @@ ROW_KINDS = {
     "solved": bool,
     "reward": int | float,
     "partial_score": int | float,
+    **dict.fromkeys(("issue_type", "end_reason"), str),
+    **dict.fromkeys(("seed", "steps", "agent_turns", "tool_errors", "customer_tool_calls"), int),
     **dict.fromkeys(("checks", "tokens", "user", "simulation"), dict),
 }
 LATE = ("context_limit",)  # settings that are known once the server answers
@@ -92,7 +94,10 @@ class RowsFile:
             self._begin()
 
     def _read(self) -> None:
-        lines = self.lines.read()
+        try:
+            lines = self.lines.read()
+        except ValueError:
+            raise BadInput(f"{self.path}: not written by this program; choose another --output-path") from None
         if len(lines) < 2:  # no episode yet that other settings could be mixed with
             if lines:
                 self._parse(1, lines[0])
@@ -211,7 +216,16 @@ def read_result(path: str | Path) -> dict[str, Any]:
         raise BadInput(f"{path}: not a result of evaluate_tau2.py (results and simulations are no lists)")
     if not result["results"] or len(result["results"]) != len(result["simulations"]):
         raise BadInput(f"{path}: holds {len(result['results'])} results and {len(result['simulations'])} simulations")
+    for place, (row, simulation) in enumerate(zip(result["results"], result["simulations"], strict=True)):
+        if not _are_of_one_episode(row, simulation):
+            raise BadInput(f"{path}: result and simulation number {place} are not of the same task and trial")
     return result
+
+
+def _are_of_one_episode(row: Any, simulation: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(simulation, dict):
+        return False
+    return all(row.get(name) == simulation.get(name) for name in ("task_id", "trial"))
 
 
 def check_output(flag: str, path: str | Path, inputs: Sequence[str | Path] = ()) -> None:

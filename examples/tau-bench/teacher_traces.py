@@ -236,15 +236,15 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lines = LineFile(self.path)
-            self._read(self.lines.read())
+            self._read()
         except BlockingIOError as error:
             raise BadInput(f"{self.path}: another run is writing it") from error
         except OSError as error:
             raise BadInput(f"cannot write {self.path}: {error.strerror}") from error
 
-    def _read(self, there: list[bytes]) -> None:
+    def _read(self) -> None:
         try:
-            lines = [json.loads(line) for line in there]
+            lines = [json.loads(line) for line in self.lines.read()]
             if lines and lines[0]["settings"] != self.settings:
                 raise BadInput(
                     f"{self.path} belongs to a run with other settings: remove it, or choose another --output"
