@@ -214,11 +214,11 @@ def run(args: argparse.Namespace) -> int:
     tasks_here = functools.cache(lambda: tasks_to_play(args))
     if not is_telecom(args.domain):
         tasks_here()  # they may be refused
-    with contextlib.ExitStack() as stack:
-        rows, agents = stack.enter_context(RowsFile(args.output_path, settings(args))), None
+    with RowsFile(args.output_path, settings(args)) as rows, contextlib.ExitStack() as stack:
         customer_of(rows)  # refused before any episode is run
+        agents_here = functools.cache(lambda: stack.enter_context(running_agents(args, tasks_here)))
         if not rows.done and not has_model(args.user):
-            agents = stack.enter_context(running_agents(args, tasks_here))
+            agents_here()  # all is owed: the tasks load while the server does
         tasks = tasks_here()
         wanted = [(task, trial) for trial in range(args.num_trials) for task in tasks]
         owed = [(task, trial) for task, trial in wanted if (task.id, trial) not in rows.done]
@@ -226,23 +226,28 @@ def run(args: argparse.Namespace) -> int:
             if len(owed) < len(wanted):
                 print(f"continuing: {len(wanted) - len(owed)} of {len(wanted)} episodes are there", flush=True)
             check_customer(config)
-            agents = agents or stack.enter_context(running_agents(args, tasks_here))
-            rows.settle(agents.settings)
-            if failures := run_owed(args, config, owed, agents, rows):
+            rows.set_server_settings(agents_here().settings)
+            if failures := run_owed(args, config, owed, agents_here(), rows):
                 return report_incomplete(args, failures)
         results = [rows.done[task.id, trial] for task, trial in wanted]
-    floor = measure_floor(args.domain, tasks)
-    summary = {
-        **about(args, customer_of(rows), rows.settings),
-        **numbers(results, floor),
+    summary = result_of(args, config, tasks, results, about(args, customer_of(rows), rows.settings))
+    write_json(Path(args.output_path), summary)
+    print_report(summary, args.output_path)
+    return 0
+
+
+def result_of(
+    args: argparse.Namespace, config: EpisodeConfig, tasks: list, results: list[dict], head: dict[str, Any]
+) -> dict[str, Any]:
+    """What OUTPUT.json holds. head: what was evaluated, and how."""
+    return {
+        **head,
+        **numbers(results, measure_floor(args.domain, tasks)),
         "minutes": minutes(results),
         "versions": versions(),
         "results": [{key: value for key, value in row.items() if key != "simulation"} for row in results],
         **tau2_results(results, tasks, config, agent_info(args), args.num_trials, args.seed),
     }
-    write_json(Path(args.output_path), summary)
-    print_report(summary, args.output_path)
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,7 +386,7 @@ def running_agents(args: argparse.Namespace, tasks_here: Callable[[], list]) -> 
     if args.agent == CHECKPOINT:
         with running_server(args, load) as server:
             changed = functools.partial(weights_changed, server, args.checkpoint, fingerprint(Path(args.checkpoint)))
-            limit = {"context_limit": context_limit(args, server)[1]}
+            limit = {"context_limit": noted_limit(args, server)}
             yield Agents(token_agents(args, load(), server), server.alive, server.last_words, changed, limit)
     elif args.agent == chat_agent.CHAT:
         make, preflight = chat_agent.make_chat_agents(args)
@@ -409,7 +414,7 @@ def run_owed(
 
 def token_agents(args: argparse.Namespace, template: ChatTemplate, server: Server) -> Callable[[str, int], TokenAgent]:
     """Makes the agent of one episode. Sampling is seeded by task and trial; greedy decoding needs no seed."""
-    limits = TokenLimits(turn=args.max_turn_tokens, context=context_limit(args, server)[0])
+    limits = TokenLimits(turn=args.max_turn_tokens, context=context_limit(args, server))
     params = {"temperature": args.temperature, "skip_special_tokens": False, "no_stop_trim": True}
 
     def make(task_id: str, trial: int) -> TokenAgent:
@@ -420,12 +425,19 @@ def token_agents(args: argparse.Namespace, template: ChatTemplate, server: Serve
     return make
 
 
-def context_limit(args: argparse.Namespace, server: Server) -> tuple[int | None, int | str]:
-    """The least of the three limits of a context, and how the rows note it: where it is the model's own, which belongs
-    to the model and not to how it is measured, in words."""
-    model, flag, served = model_context(args.checkpoint), args.max_context_len, server.model_info.get("max_context")
-    least = min(filter(None, (model, flag, served)), default=None)
-    return least, least if least is not None and (flag == least or model != least) else "of the model"
+def context_limit(args: argparse.Namespace, server: Server) -> int | None:
+    """The least of the limits of model, flag and server on a context; None where there is none."""
+    limits = model_context(args.checkpoint), args.max_context_len, server.model_info.get("max_context")
+    return min(filter(None, limits), default=None)
+
+
+def noted_limit(args: argparse.Namespace, server: Server) -> int | str:
+    """That limit as the rows note it: in words where it is the model's own, for then it belongs to the model and not
+    to how it is measured."""
+    limit = context_limit(args, server)
+    if limit is None or (limit == model_context(args.checkpoint) and limit != args.max_context_len):
+        return "of the model"
+    return limit
 
 
 async def run_all(
@@ -435,7 +447,7 @@ async def run_all(
     agents: Agents,
     finished: Callable[[dict], Awaitable[None]],
 ) -> list[Failure]:
-    """Those that stayed broken. Nothing is recorded once other weights are answering."""
+    """The failures that stayed. Nothing is recorded once other weights are answering."""
     limit = asyncio.Semaphore(args.max_concurrency)
     wrong: list[str] = []
 
@@ -575,7 +587,7 @@ def numbers(rows: list[dict], floor: float | None) -> dict[str, Any]:
 
 
 def minutes(rows: list[dict]) -> float:
-    """Of all runs that the rows took; a run's time is that of its last row."""
+    """The minutes of all runs that the rows took; a run's time is that of its last row."""
     by_run = defaultdict(float)
     for row in rows:
         by_run[row["run"]] = max(by_run[row["run"]], row["minutes"])
@@ -721,7 +733,7 @@ def interval(estimate: dict) -> str:
 
 
 def _of_k(estimates: dict[str, dict]) -> str:
-    """Those of two trials and more."""
+    """The estimates of two trials and more, as text."""
     return ", ".join(f"{k}: {interval(estimate)}" for k, estimate in estimates.items() if int(k) > 1)
 
 

@@ -92,9 +92,9 @@ def has_weights(folder: Path) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a model folder's config and weights: sizes and samples of each file, so that 8 GB take no time. slime_local's
-    server takes the same of what it loads. Of safetensors every tensor is sampled. Not seen: a change that leaves
-    start, middle and end of each tensor as they are (some rows of an embedding), and in other formats more."""
+    """A hash of a model folder's config and weights: of sizes and samples of each file, so that 8 GB take no time.
+    slime_local's server takes the same of what it loads. Of safetensors every tensor is sampled. Not seen: a change
+    that leaves start, middle and end of each tensor as they are (some rows of an embedding); more in other formats."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         size = path.stat().st_size
@@ -132,7 +132,7 @@ def _pieces_of_tensors(file: BinaryIO, size: int) -> list[tuple[int, int]]:
 
 
 def text_fingerprint(folder: Path) -> str:
-    """Of a model folder's tokenizer and chat template: of the whole files, those that are there."""
+    """A hash of a model folder's tokenizer and chat template: of the whole files, those that are there."""
     digest = hashlib.sha256()
     for path in (folder / name for name in TEXT_FILES):
         if path.is_file():
@@ -184,12 +184,16 @@ def running_server(args: Any, meanwhile: Callable[[], object] = lambda: None) ->
 
 def ask_model_info(url: str) -> dict | None:
     """What the server says it serves; None when nothing listens. Raises BadInput when something else answers."""
-    try:
-        return _get_json(f"{url}/model_info") or _get_json(f"{url}/get_model_info") or _not_a_server(url)
-    except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
-        if isinstance(getattr(error, "reason", error), ConnectionRefusedError):
-            return None
-        raise BadInput(f"{url} is taken by something that does not answer as a model server ({error})") from None
+    for name in ("model_info", "get_model_info"):  # today's SGLang, and earlier ones
+        try:
+            info = _get_json(f"{url}/{name}")
+        except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
+            if isinstance(getattr(error, "reason", error), ConnectionRefusedError):
+                return None
+            raise BadInput(f"{url} is taken by something that does not answer as a model server ({error})") from None
+        if info:
+            return info
+    raise BadInput(f"{url} is taken by something that is no model server (no /model_info): give another --sglang-port")
 
 
 def _get_json(url: str) -> dict | None:
@@ -201,10 +205,6 @@ def _get_json(url: str) -> dict | None:
     except (urllib.error.HTTPError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _not_a_server(url: str) -> dict:
-    raise BadInput(f"{url} is taken by something that is no model server (no /model_info): give another --sglang-port")
 
 
 def check_serves(info: dict, url: str, checkpoint: str, served_as: str | None = None) -> dict:

@@ -124,9 +124,12 @@ def in_turns(chosen: dict[str, list[Recorded]], seed: int) -> Iterator[Recorded]
 
 
 def _best(episodes: list[Recorded], per_task: int, dropped: Counter) -> list[Recorded]:
-    different = {_dialogue(episode): episode for episode in reversed(episodes)}  # of equal ones the first
+    """At most `per_task` different dialogues, the shortest first; why others are none is counted in `dropped`."""
+    different: dict[str, Recorded] = {}
+    for episode in episodes:
+        different.setdefault(_dialogue(episode), episode)
     dropped["duplicate dialogue"] += len(episodes) - len(different)
-    ordered = sorted((e for e in episodes if different[_dialogue(e)] is e), key=_length)
+    ordered = sorted(different.values(), key=_length)
     dropped[f"over {per_task} of a task"] += max(0, len(ordered) - per_task)
     return ordered[:per_task]
 
@@ -141,7 +144,7 @@ def _length(episode: Recorded) -> tuple[int, int]:
 
 
 def agent_turns(messages: list[dict]) -> list[dict]:
-    """Those behind the greeting."""
+    """The agent's messages behind the greeting."""
     return [message for message in messages[1:] if message["role"] == "assistant"]
 
 

@@ -7,7 +7,6 @@ A library, used by tau2_episode.py when an episode ends, and for recorded ones b
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from tau2_domains import HAND_OVER, earns_credit, fast_domain, gold_actions, load_tau2, using_databases
@@ -93,12 +92,24 @@ def _made(messages: list) -> list:
     """The calls of both sides that no tool answered with an error. A call is answered by the tool message in its place
     behind the turn, as in tau2's own replay: ids need not differ, some providers count them anew in each message."""
     made = []
-    for place, message in enumerate(messages, start=1):
-        calls = getattr(message, "tool_calls", None) or []
-        behind = itertools.takewhile(lambda other: other.role == "tool", messages[place:])
-        failed = [result.error for result in behind if result.requestor == message.role]
-        made += [call for call, error in itertools.zip_longest(calls, failed[: len(calls)]) if not error]
+    for place, message in enumerate(messages):
+        results = _results_behind(messages, place)
+        for number, call in enumerate(getattr(message, "tool_calls", None) or []):
+            is_answered = number < len(results)
+            if not (is_answered and results[number].error):
+                made.append(call)
     return made
+
+
+def _results_behind(messages: list, place: int) -> list:
+    """The tool messages that follow the one at `place` at once and answer its side."""
+    results = []
+    for message in messages[place + 1 :]:
+        if message.role != "tool":
+            break
+        if message.requestor == messages[place].role:
+            results.append(message)
+    return results
 
 
 def sound_matches(gold: list, messages: list) -> list[bool]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tau2_errors import BadInput
-from tau2_metrics import Difference, flips, paired_difference
+from tau2_metrics import Difference, episode_key, flips, paired_difference
 from tau2_results import check_output, read_result, write_json
 
 # Settings that belong to the benchmark and not to the model.
@@ -77,21 +77,13 @@ def compare(results: Sequence[dict], names: Sequence[str], anyway: bool = False)
 
 
 def _pair(a: dict, b: dict, name_a: str, name_b: str, anyway: bool) -> dict[str, Any]:
-    shared = SHARED + ("seed",) * any(seed_draws_customer(result["settings"]) for result in (a, b))
-    differing = {key: [a["settings"].get(key), b["settings"].get(key)] for key in shared}
-    if all(NOTED in result["settings"] for result in (a, b)):
-        differing[NOTED] = [result["settings"][NOTED] for result in (a, b)]
-    differing["customer"] = [a["customer"], b["customer"]]  # its version, beside the settings
-    differing["graded by"] = [result.get("versions", {}).get("tau2") for result in (a, b)]  # rescore may be another
-    differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
-    if {"user", "user_args"} & differing.keys():
-        differing.pop("customer", None)  # told by the settings
+    differing = differing_settings(a, b)
     if differing and not anyway:
         told = "; ".join(f"{key} {one!r} and {other!r}" for key, (one, other) in differing.items())
         raise BadInput(
             f"{name_a} and {name_b} differ in more than the model ({told}): --anyway compares them all the same"
         )
-    keys_a, keys_b = ({(row["task_id"], row["trial"]) for row in result["results"]} for result in (a, b))
+    keys_a, keys_b = (set(map(episode_key, result["results"])) for result in (a, b))
     if not keys_a & keys_b:
         raise BadInput(f"{name_a} and {name_b} have no task and trial in common")
     found = {name: paired_difference(a["results"], b["results"], key) for name, key in QUANTITIES.items()}
@@ -112,6 +104,25 @@ def _pair(a: dict, b: dict, name_a: str, name_b: str, anyway: bool) -> dict[str,
     }
 
 
+def differing_settings(a: dict, b: dict) -> dict[str, list]:
+    """{name: [of a, of b]} of what belongs to the benchmark, not to the model, and differs between two results."""
+    pairs = {name: [a["settings"].get(name), b["settings"].get(name)] for name in shared_names(a, b)}
+    if pairs["user"][0] == pairs["user"][1] and pairs["user_args"][0] == pairs["user_args"][1]:
+        pairs["customer"] = [a["customer"], b["customer"]]  # its version; another customer is told by the settings
+    pairs["graded by"] = [result.get("versions", {}).get("tau2") for result in (a, b)]  # rescore may be another
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def shared_names(a: dict, b: dict) -> list[str]:
+    """The settings that two results must share."""
+    names, both = list(SHARED), (a["settings"], b["settings"])
+    if any(map(seed_draws_customer, both)):
+        names.append("seed")
+    if all(NOTED in settings for settings in both):
+        names.append(NOTED)
+    return names
+
+
 def seed_draws_customer(settings: dict[str, Any]) -> bool:
     """Whether the seed decides who a task's customer is: its name and numbers, or its mood, wordings and slips."""
     user_args = settings.get("user_args")
@@ -120,7 +131,7 @@ def seed_draws_customer(settings: dict[str, Any]) -> bool:
 
 
 def _mean(rows: Sequence[dict], key: str, wanted: set) -> float:
-    values = [row[key] for row in rows if (row["task_id"], row["trial"]) in wanted]
+    values = [row[key] for row in rows if episode_key(row) in wanted]
     return sum(values) / len(values)
 
 

@@ -52,6 +52,11 @@ def pass_hat_k(n: int, c: int, k: int) -> float:
     return math.comb(c, k) / math.comb(n, k)
 
 
+def episode_key(row: dict) -> tuple[str, int]:
+    """(task_id, trial): which episode of an evaluation a row is."""
+    return row["task_id"], row["trial"]
+
+
 def by_task(rows: Iterable[dict]) -> dict[str, list[dict]]:
     groups = defaultdict(list)
     for row in rows:
@@ -233,11 +238,11 @@ def paired_difference(a: Sequence[dict], b: Sequence[dict], key: str) -> Differe
 
 def _task_differences(a: Sequence[dict], b: Sequence[dict], key: str) -> dict[str, float]:
     """Per task, the mean difference over the trials that both have."""
-    first = {(row["task_id"], row["trial"]): row[key] for row in a}
+    first = {episode_key(row): row[key] for row in a}
     found = defaultdict(list)
     for row in b:
-        if (row["task_id"], row["trial"]) in first:
-            found[row["task_id"]].append(row[key] - first[row["task_id"], row["trial"]])
+        if episode_key(row) in first:
+            found[row["task_id"]].append(row[key] - first[episode_key(row)])
     return {task: statistics.fmean(values) for task, values in found.items()}
 
 
@@ -254,15 +259,11 @@ def _sign_flip_p(values: Sequence[float]) -> float:
 
 def flips(a: Sequence[dict], b: Sequence[dict]) -> list[dict[str, Any]]:
     """Tasks whose number of solved trials differs, over the trials that both have: largest change first."""
-    pairs = {(row["task_id"], row["trial"]) for row in a} & {(row["task_id"], row["trial"]) for row in b}
+    pairs = set(map(episode_key, a)) & set(map(episode_key, b))
     counts = []
     for rows in (a, b):
-        counts.append(Counter(row["task_id"] for row in rows if row["solved"] and _pair(row) in pairs))
+        counts.append(Counter(row["task_id"] for row in rows if row["solved"] and episode_key(row) in pairs))
     trials = Counter(task for task, _ in pairs)
     changed = [task for task in trials if counts[0][task] != counts[1][task]]
     changed.sort(key=lambda task: (-abs(counts[1][task] - counts[0][task]), task))
     return [{"task_id": task, "a": counts[0][task], "b": counts[1][task], "trials": trials[task]} for task in changed]
-
-
-def _pair(row: dict) -> tuple[str, int]:
-    return row["task_id"], row["trial"]

@@ -20,6 +20,7 @@ from line_file import LineFile
 from tau2_domains import git_commit, load_tau2, preload
 from tau2_episode import EpisodeConfig
 from tau2_errors import BadInput
+from tau2_metrics import episode_key
 from tau2_users import has_model
 
 # Of the rows: raised when an episode's row changes its meaning, so that rows of both kinds are never mixed.
@@ -36,7 +37,7 @@ ROW_KINDS = {
     **dict.fromkeys(("seed", "steps", "agent_turns", "tool_errors", "customer_tool_calls"), int),
     **dict.fromkeys(("checks", "tokens", "user", "simulation"), dict),
 }
-LATE = ("context_limit",)  # settings that are known once the server answers
+SERVER_SETTINGS = ("context_limit",)  # that only the server's answer tells
 OURS = ("results", "simulations", "num_trials", "prompt", "customer", "agent")  # that a result must have
 
 
@@ -61,7 +62,7 @@ class RowsFile:
         self.output, self.settings = Path(output_path), json.loads(json.dumps(chosen))
         self.done: dict[tuple[str, int], dict] = {}
         self.runs, self.began = 0, time.monotonic()
-        self.bare = 0  # bytes of the file that hold no episode
+        self.size_without_episodes = 0
 
     def __enter__(self) -> RowsFile:
         if self.output.exists() and not self.path.exists():
@@ -80,18 +81,19 @@ class RowsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.lines.size <= self.bare:
+        if self.lines.size <= self.size_without_episodes:
             self.lines.remove()  # nothing of an evaluation that was refused, or broke before its first episode
         self.lines.close()
 
-    def settle(self, late: dict[str, Any]) -> None:
-        """The settings of LATE, before the first row, or compared with those of the rows. Raises BadInput."""
-        late = {name: late[name] for name in LATE if name in late}
+    def set_server_settings(self, answered: dict[str, Any]) -> None:
+        """Adds the settings of SERVER_SETTINGS before the first row. Raises BadInput where the rows have others."""
+        answered = {name: answered[name] for name in SERVER_SETTINGS if name in answered}
         if self.done:
-            self._refuse_other({name: self.settings[name] for name in LATE if name in self.settings}, late)
-        elif late:
-            self.settings |= late
-            self._begin()
+            noted = {name: self.settings[name] for name in SERVER_SETTINGS if name in self.settings}
+            self._refuse_other(noted, answered)
+        elif answered:
+            self.settings |= answered
+            self._write_settings()
 
     def _read(self) -> None:
         try:
@@ -101,14 +103,14 @@ class RowsFile:
         if len(lines) < 2:  # no episode yet that other settings could be mixed with
             if lines:
                 self._parse(1, lines[0])
-            self._begin()
+            self._write_settings()
             return
         for number, line in enumerate(lines, start=1):
             row = self._parse(number, line)
             if number == 1:
                 self._check(row["settings"])
             else:
-                self.done[row["task_id"], row["trial"]] = row
+                self.done[episode_key(row)] = row
         self.runs = 1 + max((row["run"] for row in self.done.values()), default=-1)
 
     def _parse(self, number: int, line: bytes) -> dict:
@@ -122,15 +124,16 @@ class RowsFile:
             raise BadInput(f"{self.path}, line {number}: not written by this program; choose another --output-path")
         return row
 
-    def _begin(self) -> None:
-        """A file of settings, without an episode."""
+    def _write_settings(self) -> None:
+        """Begins the file anew, without an episode."""
         self.lines.clear()
         self.lines.write({"settings": self.settings})
-        self.bare = self.lines.size
+        self.size_without_episodes = self.lines.size
 
     def _check(self, there: dict) -> None:
-        self._refuse_other({key: value for key, value in there.items() if key not in LATE}, self.settings)
-        self.settings |= {key: there[key] for key in LATE if key in there}
+        of_server = {key: there[key] for key in SERVER_SETTINGS if key in there}
+        self._refuse_other({key: value for key, value in there.items() if key not in of_server}, self.settings)
+        self.settings |= of_server
 
     def _refuse_other(self, there: dict, now: dict) -> None:
         other = [key for key in now | there if now.get(key) != there.get(key)]
@@ -139,13 +142,13 @@ class RowsFile:
             raise BadInput(f"{self.path} was made with other settings ({differences}): choose another --output-path")
 
     def stamp(self) -> dict[str, Any]:
-        """Of a row that is added now: which run it is of, and the minutes since that began."""
+        """{"run", "minutes"} of a row that is added now: which run it is of, and how long ago that began."""
         return {"run": self.runs, "minutes": round((time.monotonic() - self.began) / 60, 3)}
 
     async def add(self, row: dict) -> None:
         """Returns when the row is on disk."""
         await self.lines.add(row)
-        self.done[row["task_id"], row["trial"]] = row
+        self.done[episode_key(row)] = row
 
 
 def _told(settings: dict, key: str) -> str:

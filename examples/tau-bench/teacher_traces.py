@@ -128,11 +128,13 @@ async def run_one(
         if not episode.end_reason.is_infrastructure:
             break
     turns = [message for message in episode.messages[2:] if message["role"] == "assistant"]
-    for turn in (turn for turn in getattr(teacher, "slips", []) if turn < len(turns)):
-        turns[turn]["step_loss_mask"] = 0
+    for number in getattr(teacher, "slips", []):
+        if number < len(turns):
+            turns[number]["step_loss_mask"] = 0
     refused = refused_turns(episode.messages)
-    for turn in (turn for turn in turns if id(turn) in refused):
-        turn["step_loss_mask"] = 0
+    for turn in turns:
+        if id(turn) in refused:
+            turn["step_loss_mask"] = 0
     outcome = _outcome(episode, turns, source, config)
     if args.agent_llm and outcome["row"]:
         outcome["row"]["metadata"]["teacher"] = args.agent_llm
