@@ -82,7 +82,7 @@ class Endpoint:
         return {name: value for name, value in self.params.items() if value is not None}
 
     def token_limit(self) -> int | None:
-        """Of one answer; None where the endpoint decides."""
+        """The most tokens of one answer; None where the endpoint decides."""
         return next((self.params[name] for name in TOKEN_LIMITS if self.params.get(name) is not None), None)
 
     def key(self) -> str:
@@ -124,7 +124,7 @@ def _refuse_error(choice: dict) -> None:
 
 
 def _whole_characters(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can hold and a file cannot."""
+    """The text without halves of surrogate pairs, which JSON can hold and a file cannot."""
     return text.encode(errors="replace").decode()
 
 
@@ -290,11 +290,38 @@ def _is_object(text: Any) -> bool:
 # For the evaluator
 
 
-def add_flags(parser: argparse.ArgumentParser, json_object: Callable[[str], dict], who: str = "agent") -> None:
-    """--WHO-llm, --WHO-base-url, --WHO-llm-args and --WHO-key-env; read as args.agent_llm and so on."""
+@dataclass(frozen=True)
+class ModelFlags:
+    """The values of --WHO-llm, --WHO-base-url, --WHO-llm-args and --WHO-key-env."""
+
+    llm: str | None
+    base_url: str | None
+    llm_args: dict[str, Any]
+    key_env: str
+
+
+def model_flags(args: argparse.Namespace, who: str) -> ModelFlags:
+    """The flags that begin with --`who`."""
+    return ModelFlags(**{name: getattr(args, f"{who}_{name}") for name in ModelFlags.__dataclass_fields__})
+
+
+def json_object(text: str) -> dict:
+    """The object that a flag's text holds. Raises ArgumentTypeError, which does not repeat the text: it may hold a
+    key."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("not a JSON object")
+    return value
+
+
+def add_flags(parser: argparse.ArgumentParser, who: str = "agent") -> None:
+    """Adds the flags of ModelFlags."""
 
     def add(name: str, **options: Any) -> None:
-        parser.add_argument(f"--{who}-{name}", dest=f"agent_{name.replace('-', '_')}", **options)
+        parser.add_argument(f"--{who}-{name}", **options)
 
     add("llm", metavar="NAME", help=f"the {who}: the name of a model at a chat-completions endpoint")
     add("base-url", metavar="URL", help="its endpoint, such as http://127.0.0.1:8000/v1")
@@ -308,13 +335,10 @@ def add_flags(parser: argparse.ArgumentParser, json_object: Callable[[str], dict
     add("key-env", default=KEY_VARIABLE, metavar="NAME", help="the environment variable that holds its key")
 
 
-def identity(args: argparse.Namespace) -> dict[str, Any]:
+def identity(args: argparse.Namespace, who: str = "agent") -> dict[str, Any]:
     """What tells one such model from another, for the settings of rows."""
-    return {
-        "name": args.agent_llm,
-        "base_url": _base_url(args.agent_base_url),
-        "args": recorded_args(args.agent_llm_args),
-    }
+    flags = model_flags(args, who)
+    return {"name": flags.llm, "base_url": _base_url(flags.base_url), "args": recorded_args(flags.llm_args)}
 
 
 def make_chat_agents(
@@ -333,26 +357,27 @@ def make_chat_agents(
 
 def make_endpoint(args: argparse.Namespace, who: str = "agent") -> Endpoint:
     """The endpoint that the flags name, which begin with --`who`. Raises BadInput."""
+    flags = model_flags(args, who)
     for name in ("llm", "base_url"):
-        if not getattr(args, f"agent_{name}"):
+        if not getattr(flags, name):
             needs = f"--agent {CHAT}" if who == "agent" else f"--{who}-llm"
             raise BadInput(f"{needs} needs --{who}-{name.replace('_', '-')}")
     if args.max_context_len is not None:
         raise BadInput(f"--max-context-len is the endpoint's own with --agent {CHAT}: leave it out")
-    settings = {**DEFAULTS, **args.agent_llm_args}
+    settings = {**DEFAULTS, **flags.llm_args}
     whose = f"--{who}-llm-args: the {who}'s"
-    if problem := wrong_arguments(whose, settings, OURS, args.agent_key_env) or _wrong_sampling(whose, settings):
+    if problem := wrong_arguments(whose, settings, OURS, flags.key_env) or _wrong_sampling(whose, settings):
         raise BadInput(problem)
     if settings.get("seed") is not None:
         raise BadInput(f"--{who}-llm-args: seeds come from --seed, one for each turn; null sends none")
-    _check_key(args.agent_key_env, f"--{who}-key-env")
+    _check_key(flags.key_env, f"--{who}-key-env")
     timeout, num_retries = settings.pop("timeout"), settings.pop("num_retries")
     params = {"temperature": args.temperature, "max_tokens": args.max_turn_tokens, **settings}
     return Endpoint(
-        _base_url(args.agent_base_url, f"--{who}-base-url"),
-        args.agent_llm,
+        _base_url(flags.base_url, f"--{who}-base-url"),
+        flags.llm,
         params,
-        args.agent_key_env,
+        flags.key_env,
         timeout,
         num_retries,
     )
@@ -370,7 +395,7 @@ def _wrong_sampling(whose: str, settings: dict[str, Any]) -> str:
 
 
 def _base_url(url: str, flag: str = "--agent-base-url") -> str:
-    """Without a slash at its end. Raises BadInput, which repeats nothing that could be a key."""
+    """The address without a slash at its end. Raises BadInput, which repeats nothing that could be a key."""
     address = urlsplit(url)
     if address.username or address.password or address.query or mask(url) != url:
         raise BadInput(f"{flag} holds a user, a query or a key: keys are read from the environment only")

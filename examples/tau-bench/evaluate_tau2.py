@@ -22,7 +22,6 @@ import asyncio
 import contextlib
 import functools
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -100,7 +99,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--domain", default="telecom")
     add("--task-split", "--task-split-name", default="test")
     add("--agent", choices=[CHECKPOINT, chat_agent.CHAT, *AGENTS], default=CHECKPOINT)
-    chat_agent.add_flags(parser, _json_object)
+    chat_agent.add_flags(parser)
     add(
         "--prompt",
         choices=PROMPTS,
@@ -118,7 +117,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--user-args",
         "--user-llm-args",
-        type=_json_object,
+        type=chat_agent.json_object,
         default={},
         metavar="JSON",
         help='{"mood": NAME} of the scripted customer (tau2_moods.py), or litellm arguments of a model; timeout and '
@@ -140,14 +139,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         hint = "; --redraw-ids takes no value: here all tasks are re-drawn, or none" if share else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     return args
-
-
-def _json_object(text: str) -> dict:
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        if isinstance(value, dict):
-            return value
-    raise argparse.ArgumentTypeError("not a JSON object")  # the text is not repeated: it may hold a key
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -79,7 +79,7 @@ TRIES = 3  # of an episode that the machinery broke
 HUB_FLAGS = {"prompt", "keep_thinking"}
 ROLLOUT_FLAGS = {"num_traces", "mix", "seed", "per_task", "tokenizer", "mend"}
 MEND_FLAGS = {"style", "wordings", "keep_mistakes"}
-MODEL_FLAGS = {"temperature", "max_turn_tokens", "agent_llm_args", "agent_key_env"}  # of --teacher-llm
+MODEL_FLAGS = {"temperature", "max_turn_tokens", "teacher_llm_args", "teacher_key_env"}  # of --teacher-llm
 CONTROL_TEXT = re.compile(r"<\|[^|<>]{1,40}\|>|</?(tool_call|tool_response|tools|think)>")
 
 
@@ -136,14 +136,14 @@ async def run_one(
         if id(turn) in refused:
             turn["step_loss_mask"] = 0
     outcome = _outcome(episode, turns, source, config)
-    if args.agent_llm and outcome["row"]:
-        outcome["row"]["metadata"]["teacher"] = args.agent_llm
+    if args.teacher_llm and outcome["row"]:
+        outcome["row"]["metadata"]["teacher"] = args.teacher_llm
     return outcome, not episode.end_reason.is_infrastructure
 
 
 def teachers(args: argparse.Namespace) -> Callable[[str, int], Any]:
     """Makes the teacher of one episode from (task id, seed); a model that samples is seeded by both."""
-    if args.agent_llm:
+    if args.teacher_llm:
         return chat_agent.make_chat_agents(args, "teacher")[0]
     return lambda task_id, seed: ScriptedTeacher(
         args.style, args.slip, seed, draw_wording(task_id, seed, args.wordings)
@@ -162,23 +162,23 @@ def check_teacher(args: argparse.Namespace) -> None:
     """Raises BadInput for a teacher that the domain has not, and for an endpoint that cannot be used."""
     load_split_ids(args.domain)  # an unknown domain is the first thing to tell
     if not is_telecom(args.domain):
-        if not args.agent_llm:
+        if not args.teacher_llm:
             raise BadInput(
                 f"the scripted teacher follows telecom's policy only; for {args.domain!r} give --teacher-llm NAME "
                 "with --teacher-base-url URL, or --from-hub"
             )
         if args.mix:
             raise BadInput("--mix draws telecom's issue types only")
-    if args.agent_llm or args.agent_base_url:
+    if args.teacher_llm or args.teacher_base_url:
         chat_agent.make_endpoint(args, "teacher")
 
 
 def teacher_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What tells a model as teacher from another; nothing for the scripted one."""
-    if not args.agent_llm:
+    if not args.teacher_llm:
         return {}
     own = {name: getattr(args, name) for name in ("temperature", "max_turn_tokens")}
-    return {"teacher": {**chat_agent.identity(args), **own}}
+    return {"teacher": {**chat_agent.identity(args, "teacher"), **own}}
 
 
 def draw_wording(task_id: str, seed: int, count: int) -> int:
@@ -337,13 +337,13 @@ def traces_from_episodes(args: argparse.Namespace, held: ExitStack) -> tuple[lis
     check_tasks(args.domain, sources)
     check_customer_key(config)
     check_customer(config)
-    if args.agent_llm:
+    if args.teacher_llm:
         asyncio.run(chat_agent.check_endpoint(chat_agent.make_endpoint(args, "teacher")))
     draws = draw_tasks(sources, args.num_traces or args.epochs * len(sources), args.mix, args.seed)
     names = "domain prompt user user_args redraw_ids style slip wordings seed"
     chosen = {name: getattr(args, name) for name in names.split()}
     chosen["user_args"] = recorded_args(args.user_args)
-    costs = has_model(config.user) or args.agent_llm
+    costs = has_model(config.user) or args.teacher_llm
     path = args.output.with_name(f"{args.output.name}.partial") if costs else None
     settings = {
         **chosen,
@@ -593,16 +593,6 @@ def mended_rows(failed: dict[str, list], args: argparse.Namespace) -> tuple[list
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def json_object(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("not a JSON object")  # the text is not repeated: it may hold a key
-    return value
-
-
 def share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -658,9 +648,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0)
     add("--user", default="scripted", help="scripted, recited, llm, or a litellm model (default: scripted)")
-    add("--user-args", type=json_object, default={}, help='JSON object: {"mood": "mixed"}, or litellm arguments')
+    add(
+        "--user-args",
+        type=chat_agent.json_object,
+        default={},
+        help='JSON object: {"mood": "mixed"}, or litellm arguments',
+    )
     add("--max-concurrency", type=positive, default=16, help="episodes at a time (default: 16)")
-    chat_agent.add_flags(parser, json_object, "teacher")
+    chat_agent.add_flags(parser, "teacher")
     add("--temperature", type=float, default=0.0, help="of --teacher-llm (default: 0)")
     add("--max-turn-tokens", type=positive, default=1024, help="of a turn of --teacher-llm (default: 1024)")
     hub = parser.add_mutually_exclusive_group()
@@ -731,12 +726,12 @@ def check_flags(args: argparse.Namespace) -> None:
         source, unread = "--from-hub", given - HUB_FLAGS
     else:
         source, unread = "the teacher's episodes", given & {"per_task", "tokenizer", "keep_thinking"}
-        if not args.agent_llm and not args.agent_base_url:
+        if not args.teacher_llm and not args.teacher_base_url:
             source, unread = "the scripted teacher's episodes", unread | given & MODEL_FLAGS
     if unread:
-        flags = ", ".join("--" + name.replace("agent_", "teacher_").replace("_", "-") for name in sorted(unread))
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(unread))
         raise BadInput(f"{flags}: rows from {source} have no use for that")
-    if args.agent_llm and (args.slip or args.style != STYLES[0] or args.wordings > 1):
+    if args.teacher_llm and (args.slip or args.style != STYLES[0] or args.wordings > 1):
         raise BadInput("--style, --slip and --wordings belong to the scripted teacher, not to --teacher-llm")
 
 
