@@ -30,7 +30,6 @@ The official split is no stricter: 27 of the 74 train tasks, 13 of its 14 servic
 from __future__ import annotations
 
 import argparse
-import fcntl
 import itertools
 import json
 import os
@@ -42,6 +41,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from atomic_file import write_atomically
 from tau2_domains import SPLIT_FOLDERS, is_telecom, issue_type, load_split_ids, load_tasks, task_type, tasks_by_id
 from tau2_errors import BadInput
 from tau2_metrics import sub_issues
@@ -128,16 +128,9 @@ def make_rows(domain: str, split: str, tasks: Iterable[Any]) -> list[dict]:
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Writes one JSON object a line, all or nothing. Raises BadInput when the file cannot be written, or when another
     process is writing it."""
-    partial = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)  # what a killed run has left
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, path)
+        write_atomically(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except BlockingIOError as error:
         raise BadInput(f"{path}: another process is writing it; wait for it or choose another file") from error
     except OSError as error:

@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import zlib
@@ -33,6 +32,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import tau2_charts as charts
+from atomic_file import write_atomically
 from tau2_compare import NAMES, compare, p_value
 from tau2_errors import BadInput
 from tau2_results import check_output
@@ -320,13 +320,10 @@ def check_html(path: Path, inputs: Sequence[Path]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Atomically: a reader sees the old file or the new one. Raises BadInput when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes the whole page or nothing. Raises BadInput when it cannot be written."""
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, [text])
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise BadInput(f"--output {path} cannot be written ({error.strerror})") from None
 
 

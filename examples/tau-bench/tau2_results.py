@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atomic_file import write_atomically
 from line_file import LineFile
 from tau2_domains import git_commit, load_tau2, preload
 from tau2_episode import EpisodeConfig
@@ -255,16 +256,6 @@ def _is_result(path: Path) -> bool:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Atomically: a reader sees the old file or the new one. A line a key, for indentation takes ten times as long."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes the whole object or nothing, a line a key, for indentation takes ten times as long. Raises OSError."""
     lines = [f"{json.dumps(key)}: {json.dumps(item, ensure_ascii=False)}" for key, item in value.items()]
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write("{\n" + ",\n".join(lines) + "\n}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:  # the user knows the file, not the temporary one
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, ["{\n", ",\n".join(lines), "\n}\n"])
