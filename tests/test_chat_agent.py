@@ -11,11 +11,11 @@ from fake_openai import FakeAgent, serving_openai
 
 import chat_agent
 import http_client
-from backoff import LONGEST_ASKED, LONGEST_WAIT, asked_seconds, seconds_to_wait
 from chat_agent import ChatAgent, Endpoint, read_message
 from evaluate_tau2 import main
 from http_client import close_session
 from openai_tool_adapter import parse_turn
+from retry_wait import LONGEST_ASKED, LONGEST_WAIT, asked_seconds, seconds_to_wait
 from tau2_domains import agent_tools, load_tasks
 from tau2_episode import INVALID_TOOL_CALL, EndReason, EpisodeConfig, run_episode
 from tau2_llm_customer import KEY_VARIABLES

@@ -28,16 +28,14 @@ import platform
 import signal
 import statistics
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import chat_agent
+from episode_progress import Progress
 from http_client import close_session
 from model_server import (
     Server,
@@ -82,7 +80,6 @@ from token_agent import TURN_TOKENS, TokenAgent, TokenLimits, model_context, sam
 
 CHECKPOINT = "checkpoint"
 TRIES = 3  # of an episode that the machinery broke
-PROGRESS_SECONDS = 30  # between lines in a log
 MOST = {"num_trials": 10_000, "sglang_port": 65535}
 
 
@@ -391,7 +388,7 @@ def run_owed(
     args: argparse.Namespace, config: EpisodeConfig, owed: list, agents: Agents, rows: RowsFile
 ) -> list[Failure]:
     """Run the owed episodes and add their rows. Gives those that stayed broken."""
-    with Progress(len(owed)) as bar:
+    with Progress(len(owed), "solved") as bar:
 
         async def finished(row: dict) -> None:
             await rows.add({**row, **rows.stamp()})
@@ -645,28 +642,6 @@ def rescored(result: dict[str, Any], path: str) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # On screen
-
-
-class Progress:
-    """A bar on a terminal, a line now and then in a log; both with the running pass rate."""
-
-    def __init__(self, total: int):
-        self.total, self.count, self.solved, self.told = total, 0, 0, time.monotonic()
-        self.bar = tqdm(total=total, unit="episode", disable=not sys.stderr.isatty())
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def advance(self, solved: bool) -> None:
-        self.count, self.solved = self.count + 1, self.solved + solved
-        self.bar.set_postfix_str(f"{self.solved} solved", refresh=False)
-        self.bar.update()
-        if self.bar.disable and time.monotonic() - self.told > PROGRESS_SECONDS and self.count < self.total:
-            self.told = time.monotonic()
-            print(f"{self.count} of {self.total} episodes, {self.solved} solved", flush=True)
 
 
 def report_incomplete(args: argparse.Namespace, failures: list[Failure]) -> int:

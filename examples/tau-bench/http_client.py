@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from backoff import seconds_to_wait
+from retry_wait import seconds_to_wait
 from tau2_llm_customer import SHORTEST_SECRET, mask
 
 logger = logging.getLogger(__name__)

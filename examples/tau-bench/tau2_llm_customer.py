@@ -25,7 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from backoff import seconds_to_wait
+from retry_wait import seconds_to_wait
 
 logger = logging.getLogger(__name__)
 

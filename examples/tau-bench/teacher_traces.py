@@ -41,7 +41,6 @@ import json
 import random
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -50,6 +49,7 @@ from pathlib import Path
 from typing import Any
 
 import chat_agent
+from episode_progress import Progress
 from http_client import close_session
 from line_file import LineFile
 from rollout_traces import bad_calls, refused_turns
@@ -106,10 +106,10 @@ async def run_teacher(
                 journal.broken += 1
                 return outcome
             await journal.add(number, outcome)
-        progress.advance()
+        progress.advance(journal.done[number]["row"] is not None)
         return journal.done[number]
 
-    with Progress(len(draws)) as progress:
+    with Progress(len(draws), "usable") as progress:
         try:
             return await asyncio.gather(*(run(number, source) for number, source in enumerate(draws)))
         finally:
@@ -275,29 +275,6 @@ class Journal:
         if not self.broken:
             self.lines.remove()
         return self.broken
-
-
-class Progress:
-    """How many episodes are done: a bar on a terminal, in a log a line every 20 seconds."""
-
-    def __init__(self, total: int) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total, desc="episodes", disable=None, leave=False)
-        self.done, self.total, self.last_line = 0, total, time.monotonic()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def advance(self) -> None:
-        self.done += 1
-        self.bar.update()
-        if self.bar.disable and time.monotonic() - self.last_line > 20:
-            self.last_line = time.monotonic()
-            print(f"{self.done}/{self.total} episodes", file=sys.stderr, flush=True)
 
 
 def make_row(episode: Episode, source: dict, config: EpisodeConfig) -> dict:
