@@ -119,7 +119,7 @@ def _eval_paths(args: Any) -> list[str | None]:
 
 
 def _first_metadata(args: Any) -> dict:
-    """Of the first row of --prompt-data, which names the domain; {} where that cannot be told."""
+    """The metadata of the first row of --prompt-data, which names the domain; {} where that cannot be told."""
     try:
         path = str(args.prompt_data).partition("@[")[0]
         with Path(path).open(encoding="utf-8") as file:

@@ -68,7 +68,7 @@ async def close_session() -> None:
 
 @atexit.register
 def _close_sessions() -> None:
-    """Of hosts whose loop runs until the process ends (slime's does)."""
+    """Closes the sessions of hosts whose loop runs until the process ends (slime's does)."""
     for loop, session in _sessions.items():
         if loop.is_running():
             with contextlib.suppress(Exception):  # nobody is left to tell

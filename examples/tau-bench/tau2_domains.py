@@ -147,7 +147,8 @@ def _checkout_version(root: Path) -> str:
 
 
 def git_commit(folder: Path, digits: int) -> str | None:
-    """Of the checkout that holds `folder`, with "+" when it has changes; None where there is no history or no git."""
+    """The commit of the checkout that holds `folder`, with "+" when it has changes; None where there is no history or
+    no git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", f"--abbrev={digits}", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None

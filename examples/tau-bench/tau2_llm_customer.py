@@ -225,7 +225,7 @@ def check(model: str, args: dict[str, Any]) -> None:
 
 
 async def check_once(model: str, args: dict[str, Any]) -> None:
-    """The same off the event loop; from the second call on it costs nothing. Raises UnusableCustomer, but for one that
+    """`check` off the event loop; from the second call on it costs nothing. Raises UnusableCustomer, but for one that
     does not answer now (a server that still loads, a rate limit): the episodes ask longer than the preflight does."""
     check_settings(model, args)
     if _preflight_key(model, args) not in _preflights:
@@ -318,7 +318,7 @@ _slots_of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _slots(concurrency: int) -> asyncio.Semaphore:
-    """Of this event loop: a semaphore belongs to one."""
+    """The semaphore of this event loop: it belongs to one."""
     slots = _slots_of.setdefault(asyncio.get_running_loop(), {})
     return slots.setdefault(concurrency, asyncio.Semaphore(concurrency))
 

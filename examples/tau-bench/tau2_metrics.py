@@ -161,7 +161,7 @@ def breakdowns(rows: Sequence[dict]) -> dict[str, Any]:
 
 
 def changes(row: dict) -> str | None:
-    """Of a task that does not list its faults in its id: the number of gold actions besides look-ups."""
+    """The number of gold actions besides look-ups, of a task that does not list its faults in its id; else None."""
     if sub_issues(row["task_id"]) or "checks" not in row:
         return None
     count = sum(not check.get("look_up") for check in row["checks"]["action_checks"])

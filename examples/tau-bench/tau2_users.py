@@ -514,7 +514,7 @@ def _unique(calls: list[Call]) -> list[Call]:
 
 
 def _without_repeated_reads(calls: list[Call]) -> list[Call]:
-    """Without a read that follows the same read directly."""
+    """The calls without a read that follows the same read directly."""
     pairs = zip([None, *calls], calls, strict=False)
     return [call for before, call in pairs if call != before or not _is_read(call)]
 

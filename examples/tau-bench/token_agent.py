@@ -49,7 +49,7 @@ async def post_generate(
 
 
 def sampling_seed(seed: int, task_id: str, trial: int) -> int:
-    """Of an episode's first turn; the turns after it count on, because one seed would repeat its random numbers."""
+    """The seed of an episode's first turn; later turns count on, because one seed would repeat its random numbers."""
     return zlib.crc32(f"{seed}:{trial}:{task_id}".encode()) & 0x3FFFFFFF
 
 
@@ -147,7 +147,7 @@ class TokenAgent:
 
     @property
     def log_probs(self) -> list[float]:
-        """Of the sampled ids, 0.0 on the template's; as long as response_ids."""
+        """The log-probs of the sampled ids, 0.0 on the template's; as long as response_ids."""
         return [value for turn in self.turns for value in (*[0.0] * len(turn.before), *turn.log_probs)]
 
     def usage(self) -> dict[str, int]:
