@@ -6,7 +6,7 @@
 The key is read from the environment (OPENAI_API_KEY, or what --agent-key-env names); a server of one's own may need
 none. --agent-llm-args holds further fields of the request, such as {"top_p": 0.9}; null leaves one of ours out
 ({"max_tokens": null, "max_completion_tokens": 2048}). Two of them are not sent: `timeout` (seconds of one call, 300)
-and `num_retries` (4). The endpoint is asked once, with a tool, before any episode.
+and `num_retries` (4); a run may go on with others. The endpoint is asked once, with a tool, before any episode.
 
 The endpoint renders and tokenises, so ids and log-probs are unknown: for rollouts there is TokenAgent.
 """
