@@ -164,7 +164,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, tiny_mode
         command = [sys.executable, SCRIPT, *map(str, flags)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent)
         rows = tmp_path / "eval.rows.jsonl"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # of a busy machine
         while not (rows.exists() and len(rows.read_text().splitlines()) > 2):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
