@@ -51,6 +51,11 @@ def read(path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_command_that_there_is_not_is_named(capsys):
+    assert main(["compar", "a.json", "b.json"]) == 2
+    assert "unknown command 'compar': choose of run, compare, report, rescore" in capsys.readouterr().err
+
+
 def test_compare_says_which_run_is_better_and_which_tasks_flipped(runs, capsys, tmp_path):
     found = tmp_path / "c.json"
     paths = [str(runs / f"{agent}.json") for agent in ("always-transfer", "teacher", "do-nothing")]

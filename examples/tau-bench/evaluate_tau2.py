@@ -84,7 +84,10 @@ MOST = {"num_trials": 10_000, "sglang_port": 65535}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="other commands: compare A.json B.json, report A.json --output FILE, rescore A.json; each has --help",
+    )
     add = parser.add_argument
     add("--checkpoint", help="Hugging Face folder of the model (not for the scripted agents)")
     add("--output-path", "--save-to", required=True, help="result json; beside it OUTPUT.rows.jsonl, the episodes")
@@ -121,13 +124,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "num_retries are of one reply; keys come from the environment",
     )
     add("--user-concurrency", type=int, default=32, help="calls of the customer's model at a time")
-    add("--num-trials", type=int, default=1, help="episodes per task")
-    add("--max-concurrency", type=int, default=32)
-    add("--seed", type=int, default=300)
-    add("--max-steps", type=int, default=200, help="messages of both sides")
-    add("--max-errors", type=int, default=10)
-    add("--temperature", type=float, default=0.0)
-    add("--max-turn-tokens", type=int, default=TURN_TOKENS)
+    add("--num-trials", type=int, default=1, help="episodes per task (default: %(default)s)")
+    add("--max-concurrency", type=int, default=32, help="episodes at a time (default: %(default)s)")
+    add("--seed", type=int, default=300, help="of customers and sampling (default: %(default)s)")
+    add("--max-steps", type=int, default=200, help="messages of both sides (default: %(default)s)")
+    add("--max-errors", type=int, default=10, help="of tools, after which an episode ends (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    add("--max-turn-tokens", type=int, default=TURN_TOKENS, help="of one agent turn (default: %(default)s)")
     add("--max-context-len", type=int, help="prompt and response together (default: what the model has)")
     add("--redraw-ids", action="store_true", help="new names, phone numbers and ids in every task (telecom)")
     args, rest = parser.parse_known_args(argv)
@@ -140,7 +143,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
+    command, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("run", argv)
+    if command not in COMMANDS:
+        print(f"error: unknown command {command[:40]!r}: choose of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
     if command == "run":
         return reporting_errors(run_command, rest)
     return reporting_errors(functools.partial(_read_only, COMMANDS[command]), rest)
@@ -503,6 +509,8 @@ def measure_floor(domain: str, tasks: list) -> float | None:
     """pass@1 of transferring at once, on the same tasks, with the domain's customer without a model: what the customer
     says to a hand-over decides nothing. None, and told, when an episode broke."""
     config = EpisodeConfig(domain, user=default_customer(domain))
+    if not is_telecom(domain):  # whose databases take a quarter of a second an episode
+        print(f"playing the always-transfer floor on {len(tasks)} tasks", flush=True)
 
     async def run_floor() -> list[Episode]:
         return [await run_episode(task, AlwaysTransfer(), config) for task in tasks]
@@ -612,7 +620,7 @@ def rescore_command(argv: Sequence[str]) -> int:
     changed = [row for row, was in zip(new["results"], old["results"], strict=True) if row["checks"] != was["checks"]]
     if args.output_path:
         write_json(Path(args.output_path), new)
-    print_report(new, args.output_path or "(nowhere)")
+    print_report(new, args.output_path)
     print(f"{len(changed)} of {len(new['results'])} episodes have other checks than were recorded")
     for row in changed:
         print(f"  {row['task_id']} trial {row['trial']}: reward {row['reward']}, partial {row['partial_score']:.3f}")
@@ -652,7 +660,7 @@ def report_incomplete(args: argparse.Namespace, failures: list[Failure]) -> int:
     return 1
 
 
-def print_report(summary: dict, path: str) -> None:
+def print_report(summary: dict, path: str | None) -> None:
     found = summary["metrics"]
     floor = summary["floor_always_transfer"]
     customer = " ".join(str(v) for k, v in summary["customer"].items() if k in ("kind", "model", "version", "mood"))

@@ -266,6 +266,8 @@ def read_run(run: Path) -> Iterator[Recorded]:
         return
     if not run.exists():
         raise BadInput(f"--from-rollouts {run}: does not exist")
+    if run.is_file() and run.suffix != ".pt":
+        raise BadInput(f"--from-rollouts {run}: give a folder of rollouts, a .pt file of them, or a result .json")
     files = rollout_files(run) if run.is_dir() else [run]
     if not files:
         raise BadInput(

@@ -357,6 +357,8 @@ class Dropped(Exception):
 def convert_hub_row(row: dict, args: argparse.Namespace, bar: Callable[[str], str | None]) -> dict:
     """The SFT row of one row of the data set; bar: see training_bar. Raises Dropped."""
     domain, _, rest = str(row.get("task_id", "")).removeprefix("[").partition("]")
+    if "task_id" not in row:
+        raise Dropped("no task_id")
     if domain != args.domain:
         raise Dropped("other domain")
     task_id, split = _official_task(domain, rest, bar)
