@@ -11,6 +11,7 @@ import wordings
 
 import tau2_conditions
 import tau2_phone
+import tau2_sections
 import tau2_topics
 import tau2_understanding
 import tau2_users
@@ -108,7 +109,10 @@ def test_the_customer_reads_only_its_scenario():
     task = load_tasks("telecom", "test")[0]
     assert ScriptedCustomer(task.user_scenario).scenario.phone == "555-123-2002"
     source = "".join(
-        map(inspect.getsource, (tau2_users, tau2_understanding, tau2_conditions, tau2_topics, tau2_phone))
+        map(
+            inspect.getsource,
+            (tau2_users, tau2_understanding, tau2_sections, tau2_conditions, tau2_topics, tau2_phone),
+        )
     )
     assert "evaluation_criteria" not in source and "initialization_actions" not in source
 

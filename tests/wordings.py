@@ -461,4 +461,102 @@ WORDINGS = {
     "Thanks for your patience!": "",
     "Is there anything else I can do for you today?": "resolved check",
     "Have a great day!": "",
+    (
+        "1. **Mobile Data**: Check if it's enabled.\n"
+        "2. **Data Roaming**: Check if it's enabled.\n"
+        "3. **Data Saver**: Check that it's disabled."
+    ): "data check, roaming check, saver check",
+    (
+        "* **Airplane Mode:** If it's on, please turn it off.\n"
+        "* **Mobile Data:** Please check if it's on.\n"
+        "* **Data Saver:** If it's on, please turn it off."
+    ): "airplane off, data check, saver off",
+    (
+        "1. **Airplane Mode**: Is it on? If yes, please turn it off.\n"
+        "2. **Mobile Data**: Is it on? If not, please turn it on.\n"
+        "3. **Data Saver**: Is it on? If yes, please turn it off."
+    ): "airplane off, data on, saver off",
+    (
+        "1. **Mobile Data**: Turn it on.\n"
+        "2. **Data Roaming**: Turn it on.\n"
+        "3. **Data Saver**: Turn it off.\n"
+        "4. **VPN**: If you're connected, disconnect it.\n"
+        "5. **Network Mode**: Set it to 4G/5G preferred."
+    ): "data on, roaming on, saver off, vpn off, mode do",
+    (
+        "Please do this:\n"
+        "\n"
+        "1. **Mobile Data** - make sure it's turned on\n"
+        "2. **Data Saver** – make sure it's turned off\n"
+        "3. VPN: Make sure it's disconnected."
+    ): "data on, saver off, vpn off",
+    (
+        "1. **Wi-Fi Calling**: If it's on, please turn it off.\n"
+        "2. **APN settings**: Check that the MMSC URL is set. If not, reset the APN settings and reboot your phone.\n"
+        "3. **App permissions**: Make sure that the messaging app has permission for storage and SMS.\n"
+        "\n"
+        "Let me know the outcome of each!"
+    ): "wifi_calling off, apn check, apn do, restart do, permissions do",
+    (
+        "There are a few things here:\n"
+        "1. **Airplane Mode is ON** – This disables all wireless connections on your phone. Please turn it **OFF**.\n"
+        "2. **Mobile data is OFF** – Please go to your settings and toggle mobile data **ON**.\n"
+        "3. **Data Saver is ON** – This can limit your speed. Please turn it **OFF**.\n"
+        "\n"
+        "After completing these steps, please run a speed test and tell me."
+    ): "airplane off, data on, saver off, speed check",
+    (
+        "Please toggle the following settings:\n"
+        "- Airplane Mode: OFF\n"
+        "- Mobile Data: ON\n"
+        "- Data Roaming: ON\n"
+        "- Data Saver: OFF"
+    ): "airplane off, data on, roaming on, saver off",
+    (
+        "Please apply the following settings on your phone:\n"
+        "1. Airplane Mode: OFF\n"
+        "2. Mobile Data: ON\n"
+        "3. Data Roaming: ON\n"
+        "4. Network Mode: 4G/5G preferred\n"
+        "5. Data Saver: OFF"
+    ): "airplane off, data on, roaming on, mode do, saver off",
+    (
+        "### Step 1: Airplane Mode\n"
+        "Swipe down to see your quick settings. If Airplane Mode is turned on, tap it to turn it off.\n"
+        "\n"
+        "### Step 2: SIM card\n"
+        "Go to Settings > SIM cards and check the status. Is it active, missing or locked?\n"
+        "\n"
+        "### Step 3: APN settings\n"
+        "Check your APN settings and tell me what you see."
+    ): "airplane off, sim check, apn check",
+    (
+        "Here is what is wrong:\n"
+        "\n"
+        "**1. Data Roaming**\n"
+        "Currently off. Turn it on in your phone's settings.\n"
+        "\n"
+        "**2. App permissions**\n"
+        "The messaging app has neither storage nor SMS. Please grant both.\n"
+        "\n"
+        "Then try sending an MMS."
+    ): "roaming on, permissions do, mms check",
+    (
+        "Could you check:\n"
+        "\n"
+        "1. **Airplane Mode**\n"
+        "   - Is it on?\n"
+        "   - If so, turn it off.\n"
+        "2. **Mobile Data**\n"
+        "   - Is it on?\n"
+        "   - If not, turn it on."
+    ): "airplane off, data on",
+    (
+        "There are three things to fix:\n"
+        "1. **Turn off Wi-Fi Calling** – it can interfere with MMS.\n"
+        "2. **Reset your APN settings** to default, and then **reboot your phone** – this restores the MMSC URL.\n"
+        "3. **Grant the storage permission** to the messaging app – it needs it to access your photos.\n"
+        "\n"
+        "Please do all three, and then try sending an MMS."
+    ): "wifi_calling off, apn do, restart do, permissions do, mms check",
 }

@@ -112,8 +112,15 @@ def spelled_out(condition: str, asked: str, named: Sequence[Sequence[str]]) -> s
     topics = next(filter(None, [[t for t in topics if t in fitting] for topics in named]), [])
     if not topics or not _PRONOUN.search(short) or find_topics(short):
         return condition
+    return name_it(short, topics)
+
+
+def name_it(condition: str, topics: Sequence[str]) -> str:
+    """The condition with what it is about: "they" are all of the topics, "it" is the first."""
+    if condition.startswith(NOT):
+        return opposite(name_it(opposite(condition), topics))
     names = [NAMES[topic] for topic in topics]
-    return f"{' or '.join(names) if 'they' in short else names[0]}: {short}"
+    return f"{' or '.join(names) if 'they' in condition else names[0]}: {condition}"
 
 
 def is_outcome(condition: str) -> bool:

@@ -100,6 +100,9 @@ _FITS = {
     "restart": (),
 }
 
+_SMALL_WORDS = re.compile(
+    r"(\b(on|off|the|your|both|back|again|now|please|also|too|mode|switch|settings?|status)\b|\W)*"
+)
 _STATE = re.compile(
     r"\b((?P<on>on|enabled|active|activated|connected|allowed|granted)"
     r"|(?P<off>off|disabled|inactive|deactivated|disconnected|denied))\b"
@@ -131,6 +134,11 @@ def without_topics(text: str) -> str:
     for pattern in TOPIC_PATTERNS.values():
         text = pattern.sub(" ", text)
     return text
+
+
+def only_names(clause: str) -> bool:
+    """Whether a clause says no more than "airplane mode off"."""
+    return bool(find_topics(clause) and _SMALL_WORDS.fullmatch(without_topics(clause)))
 
 
 def fits(topic: str, verb: str) -> bool:

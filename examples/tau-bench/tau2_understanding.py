@@ -12,8 +12,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from tau2_conditions import LED_BY, VERB, spelled_out, split
-from tau2_topics import OFFERS, TOGGLES, TOPIC_PATTERNS, find_topics, fits, state, without_places, without_topics
+from tau2_conditions import name_it, spelled_out, split
+from tau2_sections import NEW_ACT, plain, sections
+from tau2_topics import OFFERS, TOGGLES, TOPIC_PATTERNS, find_topics, fits, only_names, state, without_places
 
 LONGEST_HEARD = 10_000  # characters of one message; some wordings below take time with its square
 REMEMBERED = 3  # sentences back, for what "it" stands for
@@ -31,6 +32,7 @@ _PHRASES = [
         "reseat sim",
     ),
     (rf"\b(take|taking|pull\w*|pop\w*) (your |the )?sim( card)? out[^.;]*?\b{_BACK_IN}", "reseat sim"),
+    (r" - (?=(it|this|that|these|they)\b)", ". "),
     (r"\boff,?( and| then)+( back)? on\b( again)?", "off, turn it on"),
     (r"\bon,?( and| then)+( back)? off\b( again)?", "on, turn it off"),
     (
@@ -56,7 +58,6 @@ _PHRASES = [
     (r"\bbefore (?=you \w+|\w+ing\b)", ", then "),
 ]
 _LINE = re.compile(r"([.;]?)\n(\d+[.)]|[-•*#]+)?\s*")
-_NEW_ACT = re.compile(rf"{LED_BY}(if\b|check\b|tell\b|make sure\b|ensure\b|{VERB})")
 _LEAD = r"^(so|but|and|now|first|okay|ok|next|then|finally|great|alright|also|here|please|well|\s)*\b"
 _ASKS_WHETHER = re.compile(
     r"\b(check|see|verify|confirm|tell me|know|ask|wondering|determine|find out|show me|share|provide)"
@@ -131,7 +132,6 @@ _TURN_WAY = re.compile(
     r"\b(turn|switch|toggle|flip|put|power|leave|keep)\w*( it| them| that| this)?( back)? (on|off)\b"
 )
 _WAY = re.compile(r"\b(on|off)\b")
-_SMALL_WORDS = re.compile(r"(\b(on|off|the|your|both|back|again|now|please|also|too|mode|switch|settings?)\b|\W)*")
 _NAMED_PERMISSION = re.compile(r"\bstorage\b|\bsms\b")
 _NAMED_MODE = re.compile(r"\b[2-5]g\b|\blte\b")
 _SET = re.compile(
@@ -222,26 +222,52 @@ class _Heard:
     recent: list[list[_Mention]] = field(default_factory=list)  # of each sentence, the last one's first
     offered: tuple[str, ...] = ()
     asked: str = ""  # the last question, which "if so" takes up
+    heading: list[_Mention] = field(default_factory=list)  # of the section: what "it" is before anything else
 
     def mention(self, mentions: list[_Mention]) -> None:
         if mentions:
             self.recent = [mentions, *self.recent[:REMEMBERED]]
 
+    def named(self) -> list[list[str]]:
+        """Topics that "it" may stand for in a condition, the likeliest first."""
+        return [[m.topic for m in mentions] for mentions in (self.heading, *self.recent)]
+
 
 def parse(text: str) -> list[Request]:
     """The requests in an agent's message, in its order. Text that asks for nothing gives an empty list."""
     found: list[Request] = []
-    heard = _Heard()
-    for sentence in _sentences(_spoken(text)[:LONGEST_HEARD]):
+    heard, listed = _Heard(), []
+    for section in sections(_spoken(text)[:LONGEST_HEARD]):
+        if heading := _mentions(section.heading, section.heading):
+            inside = _Heard(offered=heard.offered, heading=heading)
+            found += _read_section(section.text, inside)
+            heard.offered, heard.asked = inside.offered, ""
+            listed += heading
+        else:
+            heard.mention(listed)
+            listed = []
+            found += _read_section(section.text, heard)
+    return _merged(found)
+
+
+def _read_section(text: str, heard: _Heard) -> list[Request]:
+    found: list[Request] = []
+    for sentence in _sentences(text):
         for condition, act in split(sentence):
             condition = _hear_condition(condition, heard)
             requests = _parse_act(act, heard)
             if not requests:  # "if your SIM card is locked, let me know": the answer is said either way
                 requests, condition = _told(condition, act), ""
             for request in requests:
-                request.condition = condition
+                request.condition = _about(request.topic, condition)
             found += requests
-    return _merged(found)
+    return found
+
+
+def _about(topic: str, condition: str) -> str:
+    """The condition of what is done to a switch; one that names nothing ("it's on") is about that switch."""
+    bare = topic in TOGGLES and state(condition) and not find_topics(condition)
+    return name_it(condition, [topic]) if bare else condition
 
 
 def _told(condition: str, act: str) -> list[Request]:
@@ -253,7 +279,7 @@ def _told(condition: str, act: str) -> list[Request]:
 
 def _hear_condition(condition: str, heard: _Heard) -> str:
     if condition:
-        condition = spelled_out(condition, heard.asked, [[m.topic for m in mentions] for mentions in heard.recent])
+        condition = spelled_out(condition, heard.asked, heard.named())
         heard.mention(_mentions(condition, condition))
         heard.asked = condition
     return condition
@@ -286,12 +312,12 @@ def _without_braces(text: str) -> str:
 
 
 def _sentences(text: str) -> list[str]:
-    text = re.sub(r"[’`]", "'", text.lower()).replace("**", "")
+    text = plain(text)
     # Whitespace first, so that the next pattern looks at a run of newlines once and not from each of them.
     text = re.sub(r" ?\n\s*", "\n", re.sub(r"[^\S\n]+", " ", "\n" + text))
     text = _LINE.sub(_line_end, text)
     text = re.sub(r"[()*]", " , ", re.sub(r"[\"“”]", " ", text))
-    text = re.sub(r"\s+", " ", text.replace("–", "-").replace("—", ", ")).strip(" ,.")
+    text = re.sub(r"\s+", " ", text.replace("—", ", ")).strip(" ,.")
     for pattern, phrase in _PHRASES:
         text = re.sub(pattern, phrase, text)
     sentences = re.findall(r"[^.!?;]*(?:\.(?=\S)[^.!?;]*)*[.!?;]?", text)
@@ -300,7 +326,7 @@ def _sentences(text: str) -> list[str]:
 
 def _line_end(match: re.Match) -> str:
     """What a new line is read as: the end of a sentence before an act, else a comma in a list of things."""
-    acts = _NEW_ACT.match(match.string, match.end())
+    acts = NEW_ACT.match(match.string, match.end())
     return ". " if acts or (match[1] and not match[2]) else ", "
 
 
@@ -409,7 +435,8 @@ class _Reader:
     def _meant(self, verb: str, clause: str) -> list[_Mention]:
         """What "it" or "them" stands for: of the things named last those that the verb can be done to, and of these
         those in another state. Of several "it" is the first, the sentence's subject."""
-        groups = [[m for m in group if fits(m.topic, verb)] for group in (self.mentioned, *self.heard.recent)]
+        named = (self.heard.heading, self.mentioned, *self.heard.recent)
+        groups = [[m for m in group if fits(m.topic, verb)] for group in named]
         pool = next(filter(None, groups), [])
         if verb in ("on", "off"):
             others = [m for m in pool if m.state != verb]
@@ -441,8 +468,9 @@ class _Reader:
             return "check"
         if self.wishes and find_topics(clause):
             return self._wished(index)
-        bare = _way(clause) if _only_names(clause) else ""
-        return "check" if bare and self.question and self.verb not in ("on", "off", "turn") else bare
+        bare = _way(clause) if only_names(clause) else ""
+        checks = self.verb == "check" or (self.question and self.verb not in ("on", "off", "turn"))
+        return "check" if bare and checks else bare
 
     def _way(self, index: int) -> str:
         """On or off for "turn A, B and C off", which says it at its end; "turn" when nothing does."""
@@ -472,11 +500,6 @@ class _Reader:
 def _way(clause: str) -> str:
     match = _TURN_WAY.search(clause) or _WAY.search(without_places(clause))
     return match.group(match.lastindex) if match else ""
-
-
-def _only_names(clause: str) -> bool:
-    """Whether a clause says no more than "airplane mode off"."""
-    return bool(find_topics(clause) and _SMALL_WORDS.fullmatch(without_topics(clause)))
 
 
 def _own_verb(clause: str) -> str:
