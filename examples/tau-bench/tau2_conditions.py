@@ -35,7 +35,7 @@ _SO = re.compile(r"(so|yes|(it|that|this)('s| is)( the case| so| true)?|(they|th
 _NOT_SO = re.compile(
     r"(not|no|(it|that|this)( isn't|'s not| is not)|(they|those)( aren't|'re not| are not))( already)?( so)?"
 )
-_PRONOUN = re.compile(r"\b(it|it's|they|they're|that|this|one)\b")
+_PRONOUN = re.compile(r"\b(it|it's|they|they're|that|this|one|any|either|both|these|those)\b")
 
 _FAILS = re.compile(
     r"\bstill\b|\bfail\w*\b|\bpersists?\b|\bcontinues\b|\bno luck\b|\bunresolved\b|\bunsuccessful\b"
@@ -105,10 +105,10 @@ def spelled_out(condition: str, asked: str, named: Sequence[Sequence[str]]) -> s
         return opposite(spelled_out(opposite(condition), asked, named))
     short = condition.strip(" .")
     if asked and _SO.fullmatch(short):
-        return asked
+        return asked if find_topics(asked) else spelled_out(asked, "", named)
     if asked and _NOT_SO.fullmatch(short):
-        return opposite(asked)
-    fitting = TOGGLES if state(short) else tuple(NAMES)
+        return opposite(asked if find_topics(asked) else spelled_out(asked, "", named))
+    fitting = (*TOGGLES, "permissions") if state(short) else tuple(NAMES)
     topics = next(filter(None, [[t for t in topics if t in fitting] for topics in named]), [])
     if not topics or not _PRONOUN.search(short) or find_topics(short):
         return condition

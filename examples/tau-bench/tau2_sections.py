@@ -48,7 +48,7 @@ class _Line:
         mark = found[0] if found else ""
         text = text[len(mark) :].strip()
         bold = bool(re.fullmatch(r"\*\*[^*]+\*\*\W*", text))
-        text = _switched(_ARROW.sub(". ", plain(text)))
+        text = _switched(_ARROW.sub(" - ", plain(text)))
         kind = "#" if "#" in mark else "1" if re.search(r"\d", mark) else "-" if mark else ""
         return cls(len(raw) - len(raw.lstrip()), kind, bold, text, after_blank)
 

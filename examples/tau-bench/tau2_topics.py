@@ -21,13 +21,17 @@ _TOPICS = {
         r"|\bhow (much|many) (more )?(data|gb|gigabytes)\b[^.?!]*\b(add|buy|purchase|like|need|want)\b"
         r"|\b(\$[\d.]+|dollars?) (per|a) (gb|gigabyte)\b"
     ),
+    "handover": r"\b(transfer|connect|hand|pass|escalat)\w* (you |this |your case )?(over |on )?(to|with) (a|an|our|another|the)"
+    r" [^.?!]*\b(agent|team|specialist|representative|colleague|human|department)\b",
+    "note": r"\banything else (that )?(you('d| would)? (like|want|need)( me| us)? to|i should)"
+    r" (note|add|mention|share|include|tell|say|pass|know)\b",
     "plan": r"\b(change|changing|switch|switching|upgrade|upgrading|another|different|new|higher)\b[^.,?!]*\bplans?\b",
     "airplane": r"\b(air ?plane|aeroplane|flight)[- ]?mode\b|\bair ?plane icon\b",
     "wifi_calling": r"\bwi-?fi[- ]calling\b",
     "wifi": r"\bwi-?fi\b",
     "roaming": r"\b(mobile |cellular )?(data )?roaming\b",
     "saver": r"\bdata[- ]?sav(er|ing)( mode)?\b|\bdata restrictions?\b|\blow data mode\b",
-    "vpn": r"\bvpn\b|\bvirtual private network\b",
+    "vpn": r"\bvpns?\b|\bvirtual private network\b",
     "network": (
         r"\bnetwork status\b|\b(connection|cellular) status\b|\bnetwork connection\b"
         r"|\bcellular (service|connection)\b|\bconnection to the (cellular )?network\b"
@@ -38,10 +42,11 @@ _TOPICS = {
     ),
     "apn": r"\bapns?\b( settings?)?|\baccess point( name)?s?\b|\bmmsc\b( url)?",
     "permissions": r"\bpermissions?\b|\bstorage\b|\bsms\b",
-    "speed": r"\bspeed ?-?tests?\b|\binternet speed\b|\btest (your|the) (\w+ )?(speed|connection)\b|\bhow fast\b",
+    "speed": r"\bspeed ?-?tests?\b|\binternet speed\b|\btest (your|the) (\w+ )?(speed|connection)\b|\bhow fast\b"
+    r"|\bhow('s| is) (the|your) (\w+ )?(speed|connection|internet)\b",
     "mms": (
         r"\bmms\b|\b(picture|multimedia|photo|group) messag\w+"
-        r"|\bsend(ing)?( me)? (a |an )?(test )?(picture|photo|image)\b"
+        r"|\bsend(ing)?( me)? (a |an |the |your |that )?(test )?(picture|photo|image)\b"
     ),
     "restart": r"\b(restart|reboot|power[- ]?cycle)\w*",
     "sim": r"\bsim\b( card)?",
@@ -62,6 +67,8 @@ _TOPICS = {
         r"|\b(issue|problem)\b[^.!]*\b(fixed|resolved|solved|persists?)\b"
         r"|\b(fixed|resolved|solved) (the|your) (issue|problem)\b|\banything else\b"
         r"|\bshould (now )?(be |have )?(work\w*|restored|fixed|back|fine)\b"
+        r"|\b(run|do|try|perform) (another|one more|a new) test\b|\btry (once more|one more time)\b|\bretry\W*$"
+        r"|\b(re-?)?run (it|that|the test)\b|\btry (to send|sending) (it |one |that )?(again|once more)\b"
         r"|\b(test|try) (it )?again\b|\bdid (that|it) (help|work)\b|\b(is|does) (it|that|everything) work(ing)?\b"
     ),
 }
@@ -77,7 +84,7 @@ SWITCHES = {  # the phone's, as the customer calls them
 }
 TOGGLES = tuple(SWITCHES)
 
-OFFERS = ("refuel", "plan", "payment")  # what costs money: the agent asks first
+OFFERS = ("refuel", "plan", "payment", "handover")  # the agent asks first
 # A wording of each topic that "it" can stand for.
 NAMES = {topic: name.lower() for topic, name in SWITCHES.items()} | {
     "mode": "network mode",

@@ -32,7 +32,20 @@ _PHRASES = [
         "reseat sim",
     ),
     (rf"\b(take|taking|pull\w*|pop\w*) (your |the )?sim( card)? out[^.;]*?\b{_BACK_IN}", "reseat sim"),
-    (r" - (?=(it|this|that|these|they)\b)", ". "),
+    (r" - (?=(it|this|that|these|they|so|then|if|please|can you|could you|make sure)\b)", ". "),
+    (
+        r"\b(let me know|tell me) (if|whether) you('d| would) (like|want|be willing|wish) to"
+        r" (?=(accept|pay|approve)\b)",
+        "please ",
+    ),
+    (r"\bit (might|may|could|can|would|should) (also )?help (to|if you)\b", "please"),
+    (r"\balso (?=(needs?|has|have|must|should|is|are|be)\b)", ""),
+    (r"\b(should|must|to) also be\b", r"\1 be"),
+    (r"\bget (it|that|this|them) (turned |switched )?(?=(on|off|enabled|disabled)\b)", r"make sure \1 is "),
+    (
+        r"\b(air ?plane|flight) mode on (for [^,.;?!]*)?,?( and)? then( back)? off( again)?\b",
+        r"\1 mode on, turn it off",
+    ),
     (r"\boff,?( and| then)+( back)? on\b( again)?", "off, turn it on"),
     (r"\bon,?( and| then)+( back)? off\b( again)?", "on, turn it off"),
     (
@@ -65,13 +78,22 @@ _ASKS_WHETHER = re.compile(
 )
 _QUESTION = re.compile(
     _LEAD + r"(is|are|isn't|aren't|am|do|does|did|don't|have|has|had|was|were|what|what's|which|who|when|where|why"
-    r"|how)\b(?! (about|don't you|not)\b)(?! you (want|wish|agree|mind|authori[sz]e|consent|willing|happy|okay|ok)\b)"
+    r"|how)\b(?! (about|don't you|not)\b)"
+    r"(?! you (want|wish|agree|accept|approve|mind|authori[sz]e|consent|willing|happy|okay|ok)\b)"
 )
 _POLITE = re.compile(r"\b(please|(can|could|would|will|should) (you|we)|shall we|let's|kindly|do you mind)\b")
 _WANTS_STATE = re.compile(
-    r"\b(make sure|making sure|ensure|ensuring|should (not |now )?be|shouldn't be|must (not )?be|needs? to be"
+    r"\b(make sure|making sure|ensure|ensuring|should (not |now |both |all |always )?be|shouldn't be|must (not )?be"
+    r"|needs? to be"
+    r"(?! (fixed|corrected|resolved|changed|addressed|adjusted|sorted|updated|looked)\b)"
     r"|(has|have) to be|be set|keep|leave)\b"
 )
+_CORRECT = re.compile(
+    r"\b(correct|fix|change|adjust|set|toggle) (whichever|any|anything|whatever|those|them|the ones?)\b[^.?!]*"
+    r"\b(isn't|aren't|is not|are not|is wrong|are wrong|not (right|correct))\b"
+)
+_SHOULD = re.compile(r"\b(should|must|needs?|ha(s|ve) to)\b.*\bbe\b")
+_SO_SHOULD = re.compile(r"\bso (should|must)\b|^\s*(should|must)\b")
 _IS_IT = re.compile(r"\b(is|are|was|were|isn't|aren't|be|been|do you have|does|(you|they)'re)\b")
 _NEVER = re.compile(
     r"\b(don't|do not|(should|must|can)(n't| not)|can't|cannot|never|not to|no need to|need not|needn't|avoid)\b"
@@ -86,6 +108,8 @@ _TO_YOU = re.compile(
     r"|\bwe('ll| will)?( also| now| just| first)? (need to|have to|want to|should|must|can try|could try)\b"
     r"|\b(i|we)('d| would)?( also| strongly| highly)* (suggest|recommend|advise|propose|ask)\b"
     r"|\b(i|we)('ll| will)?( also)? need your\b"
+    r"|\bi('d| would)?( also| just)? (like|want|need|love) to (know|hear|confirm|verify|double-check)"
+    r" (if|whether|what|that)\b"
 )
 _OUR_SIDE = re.compile(
     r"\b(on|for|to) your (line|account)\b|\b(on|from) (my|our) (end|side)\b|\bin (the|our) system\b"
@@ -121,6 +145,10 @@ _PAY = re.compile(
     r"|payment (is|has been) (made|complete\w*))\b"
 )
 _APPROVE = re.compile(r"\b(accept|approv|authori[sz])\w*")
+_IS_DONE_TO = re.compile(
+    r"\b(granted|allowed|given|added)\b"
+    r"|\b(is|are|was|were|be|been|isn't|aren't|has|have)( (now|both|all|not|already|also|either|\w+ly))* (reset|restored|accepted|approved)\b"
+)
 _RESTART_HELPS = re.compile(r"\b(restart|reboot)\w*\b.*\b(help|fix|solve|resolve|work)")
 _OFF = re.compile(
     r"\b(disabl|deactivat)(e|ing)\b|\bdisconnect(ing)?\b|\b(exit|quit)(ing|ting)?\b|\bstop using\b"
@@ -143,8 +171,16 @@ _CHECK = re.compile(
     r"\b(check|look|see|tell|show|verify|confirm|view|review|report|read|test|run|re-?run|try|retry|send|let me know"
     r"|need your|checking|running|trying|testing|sending|rerunning|verifying)\b"
 )
-_PRONOUN = re.compile(r"\b(it|that|this|them|those|both|these|the (switch|toggle|slider|feature))\b")
-_PLURAL = re.compile(r"\b(them|those|both|these)\b")
+_PRONOUN = re.compile(
+    r"\b(it|its|that|this|them|those|both|these|any|all|each|either|yours|whichever|the (switch|toggle|slider|feature)"
+    r"|(missing|other) ones?)\b"
+)
+_PLURAL = re.compile(r"\b(them|those|both|these|any|all|each|either|whichever|ones)\b")
+# An act whose object is what was named before: "go to Settings > VPN and disconnect".
+_BARE_ACT = re.compile(
+    _LEAD + r"(simply |just |tap |select |choose |press )*((turn|switch|toggle) (on|off)|disconnect|enable|disable"
+    r"|accept|approve|re-?set( to default)?)( now| please)?\W*$"
+)
 _BARE_CHECK = re.compile(r"\b(check|look|verify|confirm)( (again|now|please|for me))?\W*$")
 _IS_DONE = re.compile(r"\b(done|finished|completed?|ready)\b")
 
@@ -176,11 +212,11 @@ _MAY = re.compile(r"\b(can|could|able to|happy to)\b(?!'t)")
 _CONSENT = re.compile(
     r"\b(shall|should|may) (i|we)\b|\b(like|want|authori[sz]e) me to\b|\b(would|do) you (like|want|prefer|wish)\b"
     r"|\bdo you (confirm|agree|accept|consent|approve|authori[sz]e)\b"
-    r"|^(are you )?ready\b|\bcan you confirm\b|\bare you (ok|okay|happy|willing)\b"
+    r"|^(are you )?ready\b|\bcan you confirm\b(?! (the|these|whether|what)\b)|\bare you (ok|okay|happy|willing)\b"
     r"|\b(is|would|does) (that|this|it) (be )?(ok|okay|alright|all right|fine|acceptable|sound)\b"
     r"|\bcan i (proceed|go ahead)\b"
     r"|\bplease confirm (to|so|if you|whether you|that you|your (consent|approval))\b"
-    r"|\bhow would you like to proceed\b"
+    r"|\bhow would you like to proceed\b|\bwould [^?]* be (ok|okay|alright|all right|fine|acceptable)\b"
 )
 _NEGATED_TRANSFER = r"(?<!not )(?<!n't )(?<!never )(?<!avoid )(?<!without )(?<!before )(?<!of )(?<!than )"
 TRANSFERRED = re.compile(
@@ -222,6 +258,7 @@ class _Heard:
     recent: list[list[_Mention]] = field(default_factory=list)  # of each sentence, the last one's first
     offered: tuple[str, ...] = ()
     asked: str = ""  # the last question, which "if so" takes up
+    condition: str = ""  # of the act that is read now
     heading: list[_Mention] = field(default_factory=list)  # of the section: what "it" is before anything else
 
     def mention(self, mentions: list[_Mention]) -> None:
@@ -242,7 +279,7 @@ def parse(text: str) -> list[Request]:
             inside = _Heard(offered=heard.offered, heading=heading)
             found += _read_section(section.text, inside)
             heard.offered, heard.asked = inside.offered, ""
-            listed += heading
+            listed += [*heading, *(mention for group in reversed(inside.recent) for mention in group)]
         else:
             heard.mention(listed)
             listed = []
@@ -253,6 +290,8 @@ def parse(text: str) -> list[Request]:
 def _read_section(text: str, heard: _Heard) -> list[Request]:
     found: list[Request] = []
     for sentence in _sentences(text):
+        if _CORRECT.search(sentence):
+            found += [Request(m.topic, m.state) for m in _stated(heard)]
         for condition, act in split(sentence):
             condition = _hear_condition(condition, heard)
             requests = _parse_act(act, heard)
@@ -262,6 +301,11 @@ def _read_section(text: str, heard: _Heard) -> list[Request]:
                 request.condition = _about(request.topic, condition)
             found += requests
     return found
+
+
+def _stated(heard: _Heard) -> list[_Mention]:
+    """The switches that were asked for in a state: "is A off and is B on? Please correct whichever isn't right"."""
+    return [m for m in (heard.recent[0] if heard.recent else []) if m.topic in TOGGLES and m.state]
 
 
 def _about(topic: str, condition: str) -> str:
@@ -282,7 +326,14 @@ def _hear_condition(condition: str, heard: _Heard) -> str:
         condition = spelled_out(condition, heard.asked, heard.named())
         heard.mention(_mentions(condition, condition))
         heard.asked = condition
+    heard.condition = condition
     return condition
+
+
+def _share_state(mentions: list[_Mention]) -> None:
+    """ "A and B are off" is said of A too."""
+    for mention, following in zip(mentions[-2::-1], mentions[:0:-1], strict=True):
+        mention.state = mention.state or following.state
 
 
 def _mentions(clause: str, of: str) -> list[_Mention]:
@@ -344,7 +395,7 @@ def _parse_act(act: str, heard: _Heard) -> list[Request]:
 
 def _offers_something(act: str, topics: tuple[str, ...], offered: tuple[str, ...]) -> bool:
     """Whether the agent offers to do something itself, or asks for consent to what it has offered."""
-    itself = _OFFERS_ITSELF.search(act) and act.endswith("?") and "resolved" not in topics
+    itself = _OFFERS_ITSELF.search(act) and act.endswith("?") and not {"resolved", "note"} & set(topics)
     statement = _MAY_BE_HAD.search(act) and _MAY.search(act) and set(offered) & {"refuel", "plan"}
     asks = not topics and _CONSENT.search(act)
     return bool(itself or statement or asks)
@@ -367,6 +418,7 @@ class _Reader:
         self.verb = "check" if self.question else ""
         self.wishes = False  # "make sure that A is off, B is on and C is 5G": each is a wish of its own
         self.asking = False  # a question about the phone, which changes nothing
+        self.asked = ""  # of this sentence
         self.aside = ""  # "never" or "will": neither is over with an "and"
         self.mentioned: list[_Mention] = []
 
@@ -378,6 +430,7 @@ class _Reader:
             else:
                 found += self._requests(index, clause)
             self.mentioned += _mentions(clause, clause)
+        _share_state(self.mentioned)
         self.heard.mention(self.mentioned)
         return found
 
@@ -414,36 +467,54 @@ class _Reader:
         if not topics and own and self._points_back(own, clause):
             texts = {m.topic: clause for m in self._meant(own, clause)}
         if "permissions" in texts and _PRONOUN.search(clause) and not _NAMED_PERMISSION.search(clause):
-            texts["permissions"] += self._which_permissions()
-        if self.asking or _ASKS_WHETHER.search(clause) or _WANTS_STATE.search(clause):
-            self.heard.asked = clause
+            texts["permissions"] += self._which_permissions(clause)
+        self._remember_asked(index, clause)
         return [
             Request(topic, _action(topic, self.verb, clause), text)
             for topic, text in texts.items()
             if self.verb or topic == "resolved"
         ]
 
-    def _which_permissions(self) -> str:
-        mentions = [m for group in (self.mentioned, *self.heard.recent) for m in group if m.topic == "permissions"]
-        return next((f" {m.text}" for m in mentions if _NAMED_PERMISSION.search(m.text)), "")
+    def _remember_asked(self, index: int, clause: str) -> None:
+        """Keeps what "if so" takes up: the whole of "is it 2G or 3G?" and of "are A and B on?"."""
+        own_question = _ASKS_WHETHER.search(clause) or _WANTS_STATE.search(clause) or _QUESTION.search(clause)
+        if own_question or not self.asked:
+            self.asked = clause if own_question or self.asking else ""
+        elif self.joints[index] in ("and", "or", ",") and not self.own_verbs[index] and not _POLITE.search(clause):
+            self.asked += f" {self.joints[index]} {clause}"
+        else:
+            self.asked = ""
+        if self.asked:
+            self.heard.asked = self.asked
+
+    def _which_permissions(self, clause: str) -> str:
+        """What names the permissions that "it" or "them" stands for; of a report those that are off."""
+        groups = [[m for m in g if _NAMED_PERMISSION.search(m.text)] for g in (self.mentioned, *self.heard.recent)]
+        groups = [group for group in groups if group]
+        several = _PLURAL.search(clause) or _PLURAL.search(self.heard.condition)
+        pool = [m for group in groups for m in group] if several else next(iter(groups), [])
+        missing = [m for m in pool if m.state == "off"]
+        return " ".join(f" {m.text}" for m in missing or pool)
 
     def _points_back(self, own: str, clause: str) -> bool:
         if own == "check":
             return bool(_BARE_CHECK.search(clause) or (_PRONOUN.search(clause) and not _IS_DONE.search(clause)))
-        return bool(_PRONOUN.search(clause))
+        return bool(self.heard.heading or _PRONOUN.search(clause) or _BARE_ACT.search(clause))
 
     def _meant(self, verb: str, clause: str) -> list[_Mention]:
         """What "it" or "them" stands for: of the things named last those that the verb can be done to, and of these
         those in another state. Of several "it" is the first, the sentence's subject."""
         named = (self.heard.heading, self.mentioned, *self.heard.recent)
         groups = [[m for m in group if fits(m.topic, verb)] for group in named]
-        pool = next(filter(None, groups), [])
+        plural = bool(_PLURAL.search(clause))
+        pool = next((group for group in groups if len({m.topic for m in group}) > plural), [])
+        pool = pool or next(filter(None, groups), [])
         if verb in ("on", "off"):
             others = [m for m in pool if m.state != verb]
-            pool = [m for m in others if m.state] or others or pool
+            pool = (not plural and [m for m in others if m.state]) or others or pool
         if verb == "on":  # nobody means airplane mode when anything else can be meant
             pool = [m for m in pool if m.topic != "airplane"] or pool
-        return pool if _PLURAL.search(clause) or any(" or " in m.text for m in pool) else pool[:1]
+        return pool if plural or any(" or " in m.text for m in pool) else pool[:1]
 
     def _clause_verb(self, index: int, clause: str) -> str:
         """The verb of a clause: reseat, grant, reset, pay, approve, restart, off, on, turn (no way said), set, wish
@@ -466,11 +537,19 @@ class _Reader:
         if _CHECK.search(clause):
             self.wishes = False
             return "check"
-        if self.wishes and find_topics(clause):
+        if self.wishes and _SO_SHOULD.search(clause) and self.verb in ("on", "off"):
+            return self.verb
+        if (self.wishes or self._wished_together(index)) and find_topics(clause):
             return self._wished(index)
         bare = _way(clause) if only_names(clause) else ""
         checks = self.verb == "check" or (self.question and self.verb not in ("on", "off", "turn"))
         return "check" if bare and checks else bare
+
+    def _wished_together(self, index: int) -> bool:
+        """Whether the clause is the first of "A and B should be off"."""
+        together = only_names(self.clauses[index]) and self.joints[index + 1 : index + 2] == ["and"]
+        following = self.clauses[index + 1] if together else ""
+        return bool(_SHOULD.search(following) and state(following) and not self.own_verbs[index + 1])
 
     def _way(self, index: int) -> str:
         """On or off for "turn A, B and C off", which says it at its end; "turn" when nothing does."""
@@ -504,8 +583,9 @@ def _way(clause: str) -> str:
 
 def _own_verb(clause: str) -> str:
     """The verb that changes something, in a clause that has one."""
+    said = clause if _ONCE.search(clause) else _IS_DONE_TO.sub(" ", clause)
     for verb, pattern in _VERBS:
-        if pattern.search(clause):
+        if pattern.search(said):
             return verb
     if not _TURN.search(clause):
         return "set" if _SET.search(clause) else ""

@@ -442,8 +442,10 @@ class ScriptedCustomer:
             return f"I'm {self.scenario.name}, {self.scenario.phone}"
         if topic == "abroad":
             return f"I'm {self.scenario.location}" if self.scenario.location else "I'm at home"
-        if topic == "consent":
+        if topic in ("consent", "handover"):
             return "yes, please go ahead"
+        if topic == "note":
+            return "no"
         if topic == "refuel":
             return "yes, please refuel 2 GB" if self.scenario.refuels else "no, I don't want more data"
         return "I don't want to change my plan"
@@ -492,7 +494,7 @@ class ScriptedCustomer:
             self.failed_before.add("mms:MMS fails")
 
 
-_SCENARIO_TOPICS = ("identity", "abroad", "refuel", "plan", "consent")
+_SCENARIO_TOPICS = ("identity", "abroad", "refuel", "plan", "consent", "handover", "note")
 # What a condition says of a thing that is neither on nor off.
 _BAD = re.compile(r"\b(no|not|\w+n't|missing|absent|blank|empty|lost|unset|lacks?|lacking|denied|other than)\b")
 _GOOD = re.compile(r"\b(active|set|present|inserted|granted|allowed|on|has|have|there|filled)\b")
