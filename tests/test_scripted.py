@@ -495,6 +495,92 @@ def test_a_working_phone_ends_the_call_only_on_the_customers_own_terms():
     assert said[0] == "Speed test: 220 Mbps, excellent."
 
 
+HEADED = """1. **Airplane Mode**: Is it on? If yes, please turn it off.
+2. **Mobile Data**: Is it on? If not, please turn it on.
+3. **Data Saver**: Is it on? If yes, please turn it off."""
+
+
+def test_a_list_item_with_a_heading_keeps_its_conditions_to_itself():
+    task = ("[mobile_data_issue]airplane_mode_on|data_saver_mode_on[",)
+    _, done, _ = dialogue(task, HEADED)
+    assert {"toggle_airplane_mode", "toggle_data_saver_mode"} <= set(done) and "toggle_data" not in done
+    _, done, _ = dialogue(task, HEADED.replace("Is it on? If yes,", "If it's on,"))
+    assert {"toggle_airplane_mode", "toggle_data_saver_mode"} <= set(done) and "toggle_data" not in done
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "OK, please disable it and let me know if you get signal.",
+        "Turn it off please.",
+        "Great, please turn that off.",
+        "Tap the icon to switch it off.",
+    ],
+)
+def test_it_may_be_what_the_customer_spoke_of(text):
+    _, done, _ = dialogue(("[service_issue]airplane_mode_on[",), "Is Airplane Mode enabled?", text)
+    assert done.count("toggle_airplane_mode") == 1
+
+
+def test_the_missing_permission_of_an_answer():
+    def granted(task, *texts):
+        said, _, _ = dialogue((task,), *texts, "Check the messaging permissions.")
+        return said[-1]
+
+    task = "[mms_issue]break_app_both_permissions["
+    assert "permission is off" in granted(task, "Are the SMS and storage permissions both granted now?")
+    both = "SMS permission is on, storage permission is on."
+    assert granted(task, "Does the app have both the storage and SMS permissions? If not, grant them.") == both
+    task = "[mms_issue]break_app_sms_permission|data_mode_off["
+    assert granted(task, "Check the messaging permissions.", "Please grant the missing one.") == both
+
+
+def test_the_same_answer_after_a_change_is_no_repetition():
+    fixes = (
+        "turn off airplane mode",
+        "reseat your SIM card",
+        "change your network mode to 5G",
+        "turn off Wi-Fi calling",
+    )
+    task = ("[mms_issue]airplane_mode_on|bad_network_preference|bad_wifi_calling|break_apn_mms_setting|", "unseat_sim")
+    said, _, _ = dialogue(task, *(text for fix in fixes for text in (f"Please {fix}.", "Please try sending an MMS.")))
+    assert "###" not in " ".join(said)
+
+
+def test_a_report_comes_after_what_was_done():
+    said, done, _ = dialogue(
+        ("[mms_issue]break_apn_mms_setting|user_abroad_roaming_enabled_off[",),
+        "The MMSC URL needs to be set. Could you reset the APN settings and reboot?",
+    )
+    assert said == ["Done, APN is internet, MMSC is set."]
+    said, done, _ = dialogue(
+        ("[mobile_data_issue]data_saver_mode_on|user_abroad_roaming_enabled_off[",),
+        "Roaming needs to be on. Please check whether it is on. If it's off, turn it on and run the speed test again.",
+    )
+    assert "toggle_roaming" in done and "speed test: 55 Mbps" in said[0]
+
+
+def test_nothing_is_said_twice_in_one_answer():
+    said, _, _ = dialogue(
+        ("[service_issue]airplane_mode_on[",), "Please check your network status and your status bar.", "Is it on?"
+    )
+    assert said[0].lower().count("airplane mode") == 1
+    said, _, _ = dialogue(
+        ("[service_issue]unseat_sim_card[",), "Make sure airplane mode is off, then check your network status."
+    )
+    assert said[0].lower().count("airplane mode") == 1
+
+
+def test_an_offer_ends_when_the_talk_is_about_something_else():
+    said, _, _ = dialogue(
+        ("[mobile_data_issue]data_usage_exceeded[",),
+        "May I refuel 2 GB for $4.00?",
+        "Is the VPN on?",
+        "I'll also add a note to your account. Is that okay?",
+    )
+    assert said[2] == "Yes, please go ahead."
+
+
 def test_command_line(capsys):
     assert main(["--split", "small", "--agent", "teacher"]) == 0
     assert "20/20 solved" in capsys.readouterr().out

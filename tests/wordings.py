@@ -559,8 +559,13 @@ WORDINGS = {
         "\n"
         "Please do all three, and then try sending an MMS."
     ): "wifi_calling off, apn do, restart do, permissions do, mms check",
-    'Then check the app permissions for your messaging app: are "sms" and "storage" both allowed? If not, please allow them.': "permissions do",
-    "Also check that your messaging app has the storage and SMS permissions, and grant any that's missing.": "permissions do",
+    (
+        'Then check the app permissions for your messaging app: are "sms" and "storage" both allowed? If '
+        "not, please allow them."
+    ): "permissions do",
+    (
+        "Also check that your messaging app has the storage and SMS permissions, and grant any that's missing."
+    ): "permissions do",
     (
         "**Please check the app permissions of your messaging app:**\n"
         "1. Does it have permission for *storage*?\n"
@@ -569,9 +574,14 @@ WORDINGS = {
         "If either of them is missing, please grant it, and then try sending your MMS again."
     ): "permissions do, mms check",
     "Does your messaging app have both the storage and SMS permissions? If not, please grant them.": "permissions do",
-    "Check the storage and SMS permissions of the messaging app. If any are missing, please grant them.": "permissions do",
+    (
+        "Check the storage and SMS permissions of the messaging app. If any are missing, please grant them."
+    ): "permissions do",
     "**App permissions**: Does the messaging app have storage and SMS? If not, please grant them.": "permissions do",
-    "can you confirm that both the SMS and storage permissions are now granted to the messaging app, and that mobile data is on?": "permissions check, data check",
+    (
+        "can you confirm that both the SMS and storage permissions are now granted to the messaging app, "
+        "and that mobile data is on?"
+    ): "permissions check, data check",
     "Can you confirm that the storage and SMS permissions are both granted?": "permissions check",
     (
         "Two settings need to be fixed on your phone:\n"
@@ -579,32 +589,55 @@ WORDINGS = {
         "- **Mobile Data** is off → please switch it on\n"
         "- **Data Roaming** is off → please switch it on"
     ): "data on, roaming on",
-    "Here's what we need to fix: mobile data is off, and Data Saver is on. Please turn mobile data on and Data Saver off.": "data on, saver off",
+    (
+        "Here's what we need to fix: mobile data is off, and Data Saver is on. Please turn mobile data on "
+        "and Data Saver off."
+    ): "data on, saver off",
     "Is your network mode set to 2G or 3G? If yes, please change it to 4G/5G preferred.": "mode do",
     "3. **Network Mode**: Is it 2G or 3G? → If yes, please set it to 4G/5G preferred.": "mode do",
-    "could you please tell me what your status bar shows? In particular, I'd like to know whether Airplane Mode is enabled. If it is, please turn it off and let me know if your service comes back.": "status_bar check, airplane off, status_bar check",
+    (
+        "could you please tell me what your status bar shows? In particular, I'd like to know whether "
+        "Airplane Mode is enabled. If it is, please turn it off and let me know if your service comes back."
+    ): "status_bar check, airplane off, status_bar check",
     "It's $2.00 per GB for a data refuel. Would 2 GB be okay for you ($4.00 total)?": "refuel check",
-    "I've sent a payment request. Could you please check it and let me know if you'd like to accept it?": "payment check, payment do",
-    "I'm not able to lift the suspension, even if you pay the overdue bill. I'll need to transfer you to a human agent who can help. Would you like me to go ahead?": "handover check",
+    (
+        "I've sent a payment request. Could you please check it and let me know if you'd like to accept it?"
+    ): "payment check, payment do",
+    (
+        "I'm not able to lift the suspension, even if you pay the overdue bill. I'll need to transfer you "
+        "to a human agent who can help. Would you like me to go ahead?"
+    ): "handover check",
     "Is there anything else you'd like me to note down before I transfer you?": "note check",
     'Please select "4G/5G Preferred" instead and run another test.': "mode do, resolved check",
-    "Mobile data is off, and MMS won't work without it. Please turn it on and then try once more.": "data on, resolved check",
+    (
+        "Mobile data is off, and MMS won't work without it. Please turn it on and then try once more."
+    ): "data on, resolved check",
     "Run another test and tell me the speed.": "resolved check",
     "Please grant it storage permission, then try sending again.": "permissions do, resolved check",
     "Airplane Mode should be off, and so should Data Saver.": "airplane off, saver off",
     "Mobile data and data roaming should both be on. Could you check that?": "data on, roaming on",
     "Both mobile data and data roaming should be on": "data on, roaming on",
-    "As a next step, I'd like you to check the network status: is Airplane Mode off, is Mobile Data on, and is Data Roaming on? Please correct whichever isn't right.": "network check, airplane off, data on, roaming on",
+    (
+        "As a next step, I'd like you to check the network status: is Airplane Mode off, is Mobile Data "
+        "on, and is Data Roaming on? Please correct whichever isn't right."
+    ): "network check, airplane off, data on, roaming on",
     "The charge of $4.00 will be added to your next bill.": "",
     "it might help to turn off the VPN": "vpn off",
-    "I need you to turn on Data Roaming on your phone. I also see that you've used 15.1 GB out of your 15 GB plan. I can add up to 2 GB for $2.00 per GB. How much would you like to add?": "roaming on, refuel check",
-    "I can see that both mobile data and data roaming are off. Please turn them both on, then try to send an MMS.": "data on, roaming on, mms check",
+    (
+        "I need you to turn on Data Roaming on your phone. I also see that you've used 15.1 GB out of your "
+        "15 GB plan. I can add up to 2 GB for $2.00 per GB. How much would you like to add?"
+    ): "roaming on, refuel check",
+    (
+        "I can see that both mobile data and data roaming are off. Please turn them both on, then try to send an MMS."
+    ): "data on, roaming on, mms check",
     "Mobile data and data roaming are both turned off. Please turn both on": "data on, roaming on",
     "Mobile data and data roaming are off. Could you enable both of these": "data on, roaming on",
     "Data Saver and VPN are both on, and can reduce speed. Please turn both off.": "saver off, vpn off",
     "Airplane Mode and Wi-Fi Calling are both ON. Please turn both of them OFF.": "airplane off, wifi_calling off",
     "Since both Data Saver and the VPN are active, please turn them off": "saver off, vpn off",
-    "check if airplane mode and data saver are both enabled. If they are, please turn them off.": "airplane off, saver off",
+    (
+        "check if airplane mode and data saver are both enabled. If they are, please turn them off."
+    ): "airplane off, saver off",
     (
         "I noticed a few things that need to be fixed:\n"
         "\n"
@@ -612,25 +645,51 @@ WORDINGS = {
         "- **Data Roaming is OFF** → please turn it **ON**\n"
         "- **Wi-Fi Calling is ON** → please turn it **OFF**, as it can interfere with MMS"
     ): "airplane off, roaming on, wifi_calling off, mms check",
-    "There are two settings that need to be changed: Airplane Mode is on, and Data Roaming is off. Please turn off airplane mode and turn on data roaming.": "airplane off, roaming on",
+    (
+        "There are two settings that need to be changed: Airplane Mode is on, and Data Roaming is off. "
+        "Please turn off airplane mode and turn on data roaming."
+    ): "airplane off, roaming on",
     "**Airplane Mode**: Turn OFF\n**Mobile Data**: Turn ON": "airplane off, data on",
-    "- Airplane Mode: turn OFF\n- Data Roaming: turn ON\n- Wi-Fi Calling: turn OFF": "airplane off, roaming on, wifi_calling off",
-    "Please set the following:\n- Airplane Mode: OFF\n- Mobile Data: ON\n- Data Roaming: ON": "airplane off, data on, roaming on",
-    "1. **Airplane Mode**: ON → Please turn it OFF\n2. **Mobile Data**: OFF → Please turn it ON": "airplane off, data on",
+    (
+        "- Airplane Mode: turn OFF\n- Data Roaming: turn ON\n- Wi-Fi Calling: turn OFF"
+    ): "airplane off, roaming on, wifi_calling off",
+    (
+        "Please set the following:\n- Airplane Mode: OFF\n- Mobile Data: ON\n- Data Roaming: ON"
+    ): "airplane off, data on, roaming on",
+    (
+        "1. **Airplane Mode**: ON → Please turn it OFF\n2. **Mobile Data**: OFF → Please turn it ON"
+    ): "airplane off, data on",
     (
         "1. **APN settings**: Reset to default\n"
         "2. **Reboot**: Restart your device\n"
         "3. **Test**: Try to send an MMS again"
     ): "apn do, restart do, mms check",
-    "On your phone, go to **Settings → Apps → Messaging → Permissions** and tell me whether **Storage** and **SMS** are allowed.": "permissions check",
+    (
+        "On your phone, go to **Settings → Apps → Messaging → Permissions** and tell me whether "
+        "**Storage** and **SMS** are allowed."
+    ): "permissions check",
     "Please check whether storage and SMS are both allowed for your messaging app": "permissions check",
-    "Can you tell me whether the storage and SMS permissions are both granted for your messaging app?": "permissions check",
-    "Please check and confirm that the Storage permission and the SMS permission are both granted.": "permissions check",
-    "I see that both the SMS and storage permissions are off. Please grant them and try sending an MMS again.": "permissions do, mms check",
+    (
+        "Can you tell me whether the storage and SMS permissions are both granted for your messaging app?"
+    ): "permissions check",
+    (
+        "Please check and confirm that the Storage permission and the SMS permission are both granted."
+    ): "permissions check",
+    (
+        "I see that both the SMS and storage permissions are off. Please grant them and try sending an MMS again."
+    ): "permissions do, mms check",
     "Are storage and SMS permissions granted for the messaging app? If not, please grant them.": "permissions do",
-    "Check the messaging app permissions: are storage and SMS granted? If not, grant them and try to send an MMS.": "permissions do, mms check",
-    "Your messaging app needs the storage and SMS permissions. Could you check whether these are granted? If they aren't, please grant them": "permissions do",
-    "Look at your messaging app: does it have access to Storage and SMS? If either one is missing, please grant it and try sending an MMS again.": "permissions do, mms check",
+    (
+        "Check the messaging app permissions: are storage and SMS granted? If not, grant them and try to send an MMS."
+    ): "permissions do, mms check",
+    (
+        "Your messaging app needs the storage and SMS permissions. Could you check whether these are "
+        "granted? If they aren't, please grant them"
+    ): "permissions do",
+    (
+        "Look at your messaging app: does it have access to Storage and SMS? If either one is missing, "
+        "please grant it and try sending an MMS again."
+    ): "permissions do, mms check",
     (
         "* **Data Saver mode** (On/Off) – if it's On, turn it Off\n"
         "* **VPN connection** (Connected/Not connected) – if connected and the performance is poor, disconnect it\n"

@@ -21,8 +21,8 @@ _TOPICS = {
         r"|\bhow (much|many) (more )?(data|gb|gigabytes)\b[^.?!]*\b(add|buy|purchase|like|need|want)\b"
         r"|\b(\$[\d.]+|dollars?) (per|a) (gb|gigabyte)\b"
     ),
-    "handover": r"\b(transfer|connect|hand|pass|escalat)\w* (you |this |your case )?(over |on )?(to|with) (a|an|our|another|the)"
-    r" [^.?!]*\b(agent|team|specialist|representative|colleague|human|department)\b",
+    "handover": r"\b(transfer|connect|hand|pass|escalat)\w* (you |this |your case )?(over |on )?"
+    r"(to|with) (a|an|our|another|the) [^.?!]*\b(agent|team|specialist|representative|colleague|human|department)\b",
     "note": r"\banything else (that )?(you('d| would)? (like|want|need)( me| us)? to|i should)"
     r" (note|add|mention|share|include|tell|say|pass|know)\b",
     "plan": r"\b(change|changing|switch|switching|upgrade|upgrading|another|different|new|higher)\b[^.,?!]*\bplans?\b",

@@ -10,6 +10,7 @@ tau2_conditions.py.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tau2_conditions import name_it, spelled_out, split
@@ -111,6 +112,10 @@ _TO_YOU = re.compile(
     r"|\bi('d| would)?( also| just)? (like|want|need|love) to (know|hear|confirm|verify|double-check)"
     r" (if|whether|what|that)\b"
 )
+# What waits until the agent has done something.
+_LATER = re.compile(
+    r"\b(once|after|when|as soon as) (i|we)('ve|'ll)?\b|\byou('ll| will) then\b|\b(i|we)('ll| will)\b.*\bask you to\b"
+)
 _OUR_SIDE = re.compile(
     r"\b(on|for|to) your (line|account)\b|\b(on|from) (my|our) (end|side)\b|\bin (the|our) system\b"
 )
@@ -120,6 +125,10 @@ _ASIDES = re.compile(
 _PASSIVE = re.compile(
     r"\b(has|have) (now |already |just )?been\b"
     r"|\b(is|are|was|were) (now |already )?(reset|granted|restored|paid|approved)\b"
+)
+_RESULT = re.compile(
+    r"\b(test|result|status bar|screen|phone|report|mms) (still )?"
+    r"(shows|showed|says|said|indicates|failed|came back)\b"
 )
 _ONCE = re.compile(r"\b(once|when|after|as soon as)\b")
 _SUBJECT = re.compile(
@@ -147,7 +156,8 @@ _PAY = re.compile(
 _APPROVE = re.compile(r"\b(accept|approv|authori[sz])\w*")
 _IS_DONE_TO = re.compile(
     r"\b(granted|allowed|given|added)\b"
-    r"|\b(is|are|was|were|be|been|isn't|aren't|has|have)( (now|both|all|not|already|also|either|\w+ly))* (reset|restored|accepted|approved)\b"
+    r"|\b(is|are|was|were|be|been|isn't|aren't|has|have)( (now|both|all|not|already|also|either|\w+ly))*"
+    r" (reset|restored|accepted|approved)\b"
 )
 _RESTART_HELPS = re.compile(r"\b(restart|reboot)\w*\b.*\b(help|fix|solve|resolve|work)")
 _OFF = re.compile(
@@ -163,7 +173,7 @@ _WAY = re.compile(r"\b(on|off)\b")
 _NAMED_PERMISSION = re.compile(r"\bstorage\b|\bsms\b")
 _NAMED_MODE = re.compile(r"\b[2-5]g\b|\blte\b")
 _SET = re.compile(
-    r"(?<!is )(?<!are )(?<!be )(?<!been )(?<!'s )(?<!currently )(?<!already )"
+    r"(?<!is )(?<!are )(?<!not )(?<!n't )(?<!be )(?<!been )(?<!'s )(?<!currently )(?<!already )"
     r"\b(set|chang(e|ing)|select(ing)?|choos(e|ing)|us(e|ing)|put|swap|updat(e|ing)|mov(e|ing)"
     r"|setting (?=(your|the|it)\b))\b"
 )
@@ -256,6 +266,7 @@ class _Heard:
     """What the sentences so far have left behind for the next."""
 
     recent: list[list[_Mention]] = field(default_factory=list)  # of each sentence, the last one's first
+    said: list[_Mention] = field(default_factory=list)  # by the customer, before this message
     offered: tuple[str, ...] = ()
     asked: str = ""  # the last question, which "if so" takes up
     condition: str = ""  # of the act that is read now
@@ -267,16 +278,19 @@ class _Heard:
 
     def named(self) -> list[list[str]]:
         """Topics that "it" may stand for in a condition, the likeliest first."""
-        return [[m.topic for m in mentions] for mentions in (self.heading, *self.recent)]
+        return [[m.topic for m in mentions] for mentions in (self.heading, *self.recent, self.said)]
 
 
-def parse(text: str) -> list[Request]:
-    """The requests in an agent's message, in its order. Text that asks for nothing gives an empty list."""
+def parse(text: str, said: Sequence[str] = ()) -> list[Request]:
+    """The requests in an agent's message, in its order. Text that asks for nothing gives an empty list.
+
+    said: the customer's last statements, which "it" may stand for where the message itself names nothing.
+    """
     found: list[Request] = []
-    heard, listed = _Heard(), []
+    heard, listed = _Heard(said=_said(said)), []
     for section in sections(_spoken(text)[:LONGEST_HEARD]):
         if heading := _mentions(section.heading, section.heading):
-            inside = _Heard(offered=heard.offered, heading=heading)
+            inside = _Heard(heading=heading, offered=heard.offered)
             found += _read_section(section.text, inside)
             heard.offered, heard.asked = inside.offered, ""
             listed += [*heading, *(mention for group in reversed(inside.recent) for mention in group)]
@@ -285,6 +299,10 @@ def parse(text: str) -> list[Request]:
             listed = []
             found += _read_section(section.text, heard)
     return _merged(found)
+
+
+def _said(parts: Sequence[str]) -> list[_Mention]:
+    return [m for part in parts for clause in part.lower().split(", ") for m in _mentions(clause, clause)]
 
 
 def _read_section(text: str, heard: _Heard) -> list[Request]:
@@ -441,6 +459,8 @@ class _Reader:
         if self.aside and self.joints[index] in ("and", "or") and not re.match(r"(please|you|now|just)\b", clause):
             return True
         self.aside = ""
+        if _LATER.search(clause):
+            return True
         if _NEVER.search(clause) and not (wants and not self.own_verbs[index]):
             self.aside = "never"
             return True
@@ -451,7 +471,7 @@ class _Reader:
 
     def _describes(self, clause: str) -> bool:
         """Whether a clause says what is or what may be: "turning it off can help", "the APN has been reset"."""
-        if _PASSIVE.search(clause) and not _ONCE.search(clause):
+        if (_PASSIVE.search(clause) and not _ONCE.search(clause)) or _RESULT.search(clause):
             return True
         can = _SUBJECT.search(clause)
         subject = clause[: can.start()] if can and not _POLITE.search(clause) else ""
@@ -489,12 +509,15 @@ class _Reader:
 
     def _which_permissions(self, clause: str) -> str:
         """What names the permissions that "it" or "them" stands for; of a report those that are off."""
-        groups = [[m for m in g if _NAMED_PERMISSION.search(m.text)] for g in (self.mentioned, *self.heard.recent)]
+        groups = [[m for m in g if _NAMED_PERMISSION.search(m.text)] for g in self._named()]
         groups = [group for group in groups if group]
         several = _PLURAL.search(clause) or _PLURAL.search(self.heard.condition)
         pool = [m for group in groups for m in group] if several else next(iter(groups), [])
         missing = [m for m in pool if m.state == "off"]
         return " ".join(f" {m.text}" for m in missing or pool)
+
+    def _named(self) -> tuple[list[_Mention], ...]:
+        return self.heard.heading, self.mentioned, *self.heard.recent, self.heard.said
 
     def _points_back(self, own: str, clause: str) -> bool:
         if own == "check":
@@ -504,8 +527,7 @@ class _Reader:
     def _meant(self, verb: str, clause: str) -> list[_Mention]:
         """What "it" or "them" stands for: of the things named last those that the verb can be done to, and of these
         those in another state. Of several "it" is the first, the sentence's subject."""
-        named = (self.heard.heading, self.mentioned, *self.heard.recent)
-        groups = [[m for m in group if fits(m.topic, verb)] for group in named]
+        groups = [[m for m in group if fits(m.topic, verb)] for group in self._named()]
         plural = bool(_PLURAL.search(clause))
         pool = next((group for group in groups if len({m.topic for m in group}) > plural), [])
         pool = pool or next(filter(None, groups), [])
@@ -611,7 +633,9 @@ def _merged(requests: list[Request]) -> list[Request]:
     not the test before it."""
     merged: dict[tuple, Request] = {}
     changes = 0
-    for request in requests:
+    for index, request in enumerate(requests):
+        if _said_again(request, requests[index + 1 :]):
+            continue
         changes += request.action != "check"
         key = (*request.key, request.condition, changes if request.key in _TESTS else 0)
         if key in merged:
@@ -620,3 +644,10 @@ def _merged(requests: list[Request]) -> list[Request]:
             merged[key] = request
     changed = {r.topic for r in merged.values() if r.action != "check"} - {"payment", "apn"}
     return [r for r in merged.values() if r.action != "check" or r.topic not in changed]
+
+
+def _said_again(request: Request, later: list[Request]) -> bool:
+    """Whether a later "if it's off, turn it on and run a test" says it too: the test hangs on that."""
+    if request.condition or request.topic not in TOGGLES or request.action == "check":
+        return False
+    return any(r.key == request.key and request.topic in find_topics(r.condition) for r in later)

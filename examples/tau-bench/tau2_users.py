@@ -27,7 +27,7 @@ from tau2_topics import OFFERS, SWITCHES, TOGGLES, find_topics, state
 from tau2_understanding import LONGEST_HEARD, TRANSFERRED, Request, parse
 
 STOP, TRANSFER, OUT_OF_SCOPE = "###STOP###", "###TRANSFER###", "###OUT-OF-SCOPE###"
-SCRIPTED_VERSION = "2"
+SCRIPTED_VERSION = "3"
 PATIENCE = 3  # messages without anything to do, or repeats of one request with one answer, before hanging up
 
 # What shows whether the customer's problem is solved.
@@ -151,8 +151,12 @@ class _Answer:
     unmet: list[str] = field(default_factory=list)  # conditions that did not hold
 
     def say(self, part: str) -> None:
-        if part and part not in self.parts:
+        if part and part not in self.parts and part.replace(" is ", " is already ") not in self.parts:
             self.parts.append(part)
+
+    def unsay(self, part: str) -> None:
+        """Takes back what is no longer so."""
+        self.parts = [said for said in self.parts if said != part]
 
 
 class ScriptedCustomer:
@@ -165,6 +169,8 @@ class ScriptedCustomer:
         self.fruitless = 0
         self.failed_before: set[str] = set()
         self.opened = False
+        self.said: list[str] = []  # what was answered last, which "it" may stand for
+        self.changed: dict[str, str] = {}  # what was done to the phone, which makes the same answer a new one
         self.offered: list[Request] = []  # what the agent last offered to do for money, and may ask consent to later
         self.calls_made = 0
         self.pending: list[Call] = []
@@ -214,7 +220,7 @@ class ScriptedCustomer:
         """Yields batches of phone actions, receives their outputs, returns the answer to the agent."""
         if TRANSFERRED.search(text.lower()):
             return TRANSFER
-        heard = self._recall_offers(parse(text))
+        heard = self._recall_offers(parse(text, self.said))
         question, requests = self.mood.listen(text, find_topics(text[:LONGEST_HEARD].lower()), heard)
         if question:
             return question
@@ -234,6 +240,8 @@ class ScriptedCustomer:
         recalled = self.offered if self.offered and not offers else []
         self.offered = offers or self.offered
         others = [r for r in requests if r.topic != "consent"]
+        if others == requests and others and not offers:  # the talk is about something else
+            self.offered = []
         return others + recalled if len(others) < len(requests) and recalled else requests
 
     def _nothing_to_do(self) -> str:
@@ -263,11 +271,18 @@ class ScriptedCustomer:
             if holds[condition]:
                 batch += self._calls_for(request, answer)
         yield from self._flush(_without_repeated_reads(batch))
+        yield from self._flush(self._looks_again(requests, holds, answer))
         for condition in answer.unmet:
             answer.say(self._why_not(condition))
         for request in requests:
             if holds[request.condition]:
                 self._report(request, answer)
+
+    def _looks_again(self, requests: list[Request], holds: dict[str, bool], answer: _Answer) -> list[Call]:
+        """The reads of settings that were reported on before they were changed: a report comes after what was done."""
+        keys = [request.key for request in requests if holds[request.condition]]
+        reset = ("apn", "check") in keys and ("apn", "do") in keys
+        return [check_call("apn")] if reset and answer.done else []
 
     def _looks(self, condition: str, changed: bool) -> list[Call]:
         """What shows whether a condition holds now: a test of the outcome, and after a change the settings again."""
@@ -297,11 +312,19 @@ class ScriptedCustomer:
         if topic in TOGGLES:
             return self._switch(topic, action, answer)
         if topic == "payment":
-            return [("make_payment", {})] if self.facts.get("request") else []
+            return self._pay(answer)
         answer.done = True
+        self.changed[topic] = action
         if topic in ("restart", "apn"):
             self.facts["restarted"] = "yes" if topic == "restart" else ""
         return action_calls(topic, request.text)
+
+    def _pay(self, answer: _Answer) -> list[Call]:
+        """Once, however often a message asks for it."""
+        if "payment" in answer.switched or not self.facts.get("request"):
+            return []
+        answer.switched.add("payment")
+        return [("make_payment", {})]
 
     def _switch(self, topic: str, wanted: str, answer: _Answer) -> list[Call]:
         if self.facts.get(topic) == wanted:
@@ -309,6 +332,8 @@ class ScriptedCustomer:
             return []
         answer.done = True
         answer.switched.add(topic)
+        answer.unsay(f"{SWITCHES[topic]} is already {self.facts.get(topic)}")
+        self.changed[topic] = wanted
         self.facts[topic] = wanted  # until the phone says so itself
         return [switch_call(topic, wanted)]
 
@@ -388,7 +413,8 @@ class ScriptedCustomer:
         if action == "agree":
             answer.say("yes, I'm willing to pay")
         elif action == "check":
-            answer.say(self._say(topic))
+            for part in self._statements(topic):
+                answer.say(part)
         elif topic == "sim":
             answer.say(self._say("sim"))
         elif topic == "payment":
@@ -396,6 +422,12 @@ class ScriptedCustomer:
             answer.say(f"I paid ${paid}" if paid else "I'm willing to pay, but I have no payment request")
         elif topic == "apn" and not self.facts.get("restarted"):
             answer.say("the APN reset applies at the next restart")
+
+    def _statements(self, topic: str) -> list[str]:
+        """What is said about a topic, in parts of which none is said twice in one answer."""
+        if topic != "network":
+            return [self._say(topic)]
+        return [self._signal() if part == "signal" else self._say(part) for part in self.mood.network]
 
     def _say(self, topic: str) -> str:
         """What the customer says about a topic, from its scenario or from the phone's last outputs."""
@@ -405,7 +437,7 @@ class ScriptedCustomer:
         if topic in _SCENARIO_TOPICS:
             return self._say_about_me(topic)
         if topic == "network":
-            return ", ".join(self._signal() if part == "signal" else self._say(part) for part in self.mood.network)
+            return ", ".join(self._statements(topic))
         if topic == "status_bar":
             return "airplane mode is on" if facts.get("airplane") == "on" else self._signal()
         if topic == "permissions":
@@ -472,7 +504,9 @@ class ScriptedCustomer:
         self._remember_failures()
         if self._solved():
             return f"{text} Thank you! {STOP}"
-        key = (tuple(r.key for r in requests), _sentence(parts))
+        switched = [f"{SWITCHES[topic]} is {self.facts.get(topic)}" for topic in SWITCHES if topic in answer.switched]
+        self.said = switched + answer.parts or self.said
+        key = (tuple(r.key for r in requests), _sentence(parts), tuple(sorted(self.changed.items())))
         self.reported[key] += 1
         self.fruitless = 0 if text else self.fruitless + 1
         if max(self.reported[key], self.fruitless) >= PATIENCE:
