@@ -199,7 +199,7 @@ async def test_a_row_is_json():
     row = episode_to_row(await run_episode(find_task(AIRPLANE), ScriptedTeacher()))
     assert json.loads(json.dumps(row)) == row
     assert row["issue_type"] == "mobile_data_issue" and row["solved"] is True
-    assert row["user"] == {"kind": "scripted", "version": "2"} and row["end_reason"] == "user_stop"
+    assert row["user"] == {"kind": "scripted", "version": "3"} and row["end_reason"] == "user_stop"
 
 
 # -- exploits --------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def customer_said(episode) -> list[str]:
 def test_the_plain_customer_is_what_it_was_and_named_so_only_as_before():
     (named,) = play(lambda task: ScriptedTeacher(), TEST[:1], "plain")
     unnamed = asyncio.run(run_episode(TEST[0], ScriptedTeacher(), EpisodeConfig(prompt="short")))
-    assert named.user == unnamed.user == {"kind": "scripted", "version": "2"}
+    assert named.user == unnamed.user == {"kind": "scripted", "version": "3"}
     assert named.messages == unnamed.messages
 
 
@@ -362,8 +362,8 @@ def test_the_sensitivity_table(tmp_path, capsys):
         and found[1]["difference"]["value"] == 0.0
         and found[1]["difference"]["tasks"] == 3
     )
-    assert found[0]["customer"] == {"kind": "scripted", "version": "2"}
-    assert found[2]["customer"] == {"kind": "scripted", "version": "2", "mood": "mixed", "mood_version": "2"}
+    assert found[0]["customer"] == {"kind": "scripted", "version": "3"}
+    assert found[2]["customer"] == {"kind": "scripted", "version": "3", "mood": "mixed", "mood_version": "2"}
     rows = (out / "terse.rows.jsonl").read_text()
     assert sensitivity.main([*flags, "--moods", "terse", "mixed"]) == 0
     assert (out / "terse.rows.jsonl").read_text() == rows

@@ -695,4 +695,179 @@ WORDINGS = {
         "* **VPN connection** (Connected/Not connected) – if connected and the performance is poor, disconnect it\n"
         "* **Preferred network mode** – should be 4G/5G preferred"
     ): "saver off, vpn off, mode do",
+    "Next, go to **Settings > VPN** and disconnect.": "vpn off",
+    "Open your VPN app and tap Disconnect.": "vpn off",
+    (
+        "Please go to **Settings > Mobile Network > Access Point Names**, tap the menu and select **Reset "
+        "to default**. After that, restart your phone."
+    ): "apn do, restart do",
+    (
+        "After the payment goes through, I'll lift the suspension on your line and you'll then need to "
+        "reboot your device."
+    ): "",
+    "After that I'll resume your line and ask you to reboot your phone.": "",
+    "You'll need to reboot your phone once I've resumed the line.": "",
+    "I can refuel 2 GB. To confirm: 2 GB for $4.00 total. Is that correct?": "refuel check",
+    "That would be 2 GB at $2.00 per GB, so $4.00 in total. Okay?": "refuel check",
+    "How is the speed now?": "speed check",
+    "How's your connection now?": "speed check",
+    "Try to send the picture again.": "mms check",
+    "Please send your picture again.": "mms check",
+    "Thanks for running the speed test. Please turn on Data Roaming, then run it again.": "roaming on, resolved check",
+    "Please grant it storage access, and then try once more.": "permissions do, resolved check",
+    "Please restart the device and retry.": "restart do, resolved check",
+    "VPNs can reduce your speed, so please disconnect it.": "vpn off",
+    "VPNs can reduce your speed. Please disconnect yours and rerun the speed test.": "vpn off, speed check",
+    (
+        "Did you manage to disconnect the VPN? If not, please do so now and run the speed test once more."
+    ): "vpn off, speed check",
+    "Resetting the APN settings should fix this. Please do so and reboot your device.": "apn do, restart do",
+    (
+        "Data roaming is off on your device. Since you're in France, you'll need to turn it on for mobile "
+        "data and MMS to work. Could you please do that and try sending the MMS again?"
+    ): "roaming on, mms check",
+    "Please set the network mode to LTE/5G.": "mode do",
+    (
+        "Here are the settings:\n"
+        "\n"
+        "| Setting | Should be |\n"
+        "|---|---|\n"
+        "| Airplane Mode | OFF |\n"
+        "| Mobile Data | ON |\n"
+        "| Data Saver | OFF |\n"
+        "\n"
+        "Please change whatever isn't right."
+    ): "airplane off, data on, saver off",
+    (
+        "📱 **Next steps:**\n"
+        "\n"
+        "✅ **Airplane Mode** – turn it OFF\n"
+        "✅ **Mobile Data** – turn it ON\n"
+        "✅ **VPN** – disconnect it\n"
+        "\n"
+        "Then run a speed test 🚀"
+    ): "airplane off, data on, vpn off, speed check",
+    (
+        "1️⃣ **Airplane Mode**: Please make sure it's OFF.\n2️⃣ **Data Roaming**: Please make sure it's ON."
+    ): "airplane off, roaming on",
+    (
+        "### 1. Check Airplane Mode\n"
+        "- Open **Settings > Network & Internet**\n"
+        "- If **Airplane Mode** is ON, switch it OFF\n"
+        "\n"
+        "### 2. Check Data Roaming\n"
+        "- If it's OFF, switch it ON\n"
+        "\n"
+        "### 3. Test\n"
+        "- Run a speed test"
+    ): "airplane off, roaming on, speed check",
+    (
+        "**Step 1 – SIM card**\n"
+        "Remove the SIM card, wait 10 seconds, and put it back in.\n"
+        "\n"
+        "**Step 2 – Restart**\n"
+        "Restart your phone.\n"
+        "\n"
+        "**Step 3 – Status**\n"
+        "Tell me what the status bar shows."
+    ): "sim do, restart do, status_bar check",
+    (
+        "**Network Mode:** It's on 2G only, which is too slow for MMS. Change it to 4G/5G preferred.\n"
+        "**Wi-Fi Calling:** It's on, which can interfere with MMS. Turn it off."
+    ): "mode do, wifi_calling off",
+    (
+        "- **Wi-Fi Calling**: it may interfere with MMS, so disable it if it's enabled.\n"
+        "- **Messaging app permissions**: storage and SMS must both be allowed; grant whichever is missing."
+    ): "wifi_calling off, permissions do",
+    (
+        "1. Is **Airplane Mode** on or off?\n"
+        "2. Is **Mobile Data** on or off?\n"
+        "3. Is **Data Saver** on or off?\n"
+        "4. Are you connected to a **VPN**?"
+    ): "airplane check, data check, saver check, vpn check",
+    (
+        "a) **APN settings** – reset them to default.\n"
+        "b) **Restart** – reboot the phone.\n"
+        "c) **MMS** – try to send one."
+    ): "apn do, restart do, mms check",
+    (
+        "Please check these settings: (1) Airplane Mode – should be OFF, (2) Mobile Data – should be ON, "
+        "(3) Data Saver – should be OFF."
+    ): "airplane off, data on, saver off",
+    (
+        "* Data Saver: if enabled, disable it.\n"
+        "* VPN: if connected, disconnect.\n"
+        "* Network mode: if 2G/3G, switch to 4G/5G."
+    ): "saver off, vpn off, mode do",
+    (
+        "**What I found:**\n"
+        "- ❌ Airplane Mode is ON\n"
+        "- ❌ Data Roaming is OFF\n"
+        "\n"
+        "**What to do:**\n"
+        "1. Turn Airplane Mode OFF\n"
+        "2. Turn Data Roaming ON"
+    ): "airplane off, roaming on",
+    (
+        "Thanks! Two problems:\n"
+        "\n"
+        "1. Data Saver is ON.\n"
+        "2. Network mode is 3G only.\n"
+        "\n"
+        "Please turn Data Saver off and change the network mode to 4G/5G preferred."
+    ): "saver off, mode do",
+    "Good news: your SIM is active. Bad news: Mobile Data is off. Could you enable it, please?": "data on",
+    (
+        "- **SIM card**: Is it active? If it's missing, reseat it.\n"
+        "- **APN**: Is the MMSC URL set? If not, reset the APN settings and restart the phone."
+    ): "sim do, apn check, apn do, restart do",
+    (
+        "Let's go step by step.\n"
+        "\n"
+        "**Step 1:** Check whether airplane mode is on.\n"
+        "**Step 2:** If it is, turn it off.\n"
+        "**Step 3:** Check your signal."
+    ): "airplane off, status_bar check",
+    (
+        "Could you do me a favor and flip Data Saver off, flip roaming on, and give me a fresh speed test?"
+    ): "saver off, roaming on, speed check",
+    (
+        "I'd like you to check two things: is the VPN connected, and is Data Saver active? If either is "
+        "on, please turn it off."
+    ): "vpn off, saver off",
+    (
+        "If Airplane Mode is ON, please turn it OFF. If Mobile Data is OFF, please turn it ON. Once done, "
+        "let me know what you see in the status bar."
+    ): "airplane off, data on, status_bar check",
+    (
+        "Please verify that:\n• Airplane Mode is OFF\n• Mobile Data is ON\n• Data Roaming is ON"
+    ): "airplane check, data check, roaming check",
+    (
+        "Please ensure the following:\n"
+        "• Airplane Mode is OFF\n"
+        "• Mobile Data is ON\n"
+        "• Data Roaming is ON\n"
+        "• Data Saver is OFF"
+    ): "airplane off, data on, roaming on, saver off",
+    (
+        "1. **Airplane Mode**\n"
+        "   Make sure it is turned off.\n"
+        "2. **SIM Card**\n"
+        "   Remove it and insert it again.\n"
+        "3. **Restart**\n"
+        "   Then restart your phone."
+    ): "airplane off, sim do, restart do",
+    (
+        "Your line's suspended because of an unpaid bill ($65). I can send a payment request to your phone – shall I?"
+    ): "payment agree",
+    (
+        "I've just sent over the request for $65.00. Kindly look at it on your phone and, if you're happy "
+        "with the amount, accept it."
+    ): "payment check, payment do",
+    "You've hit your data cap. Adding 2 GB would cost $4.00. Should I go ahead and add it?": "refuel check",
+    "Would adding 2 GB for $4.00 work for you?": "refuel check",
+    (
+        "Unfortunately, I can't fix a locked SIM card from here, so I'd have to transfer you to a human "
+        "agent. Is that alright?"
+    ): "handover check",
 }

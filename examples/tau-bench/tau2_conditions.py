@@ -35,6 +35,7 @@ _SO = re.compile(r"(so|yes|(it|that|this)('s| is)( the case| so| true)?|(they|th
 _NOT_SO = re.compile(
     r"(not|no|(it|that|this)( isn't|'s not| is not)|(they|those)( aren't|'re not| are not))( already)?( so)?"
 )
+_SEVERAL = re.compile(r"\b(they|they're|any|either|both|these|those)\b")
 _PRONOUN = re.compile(r"\b(it|it's|they|they're|that|this|one|any|either|both|these|those)\b")
 
 _FAILS = re.compile(
@@ -120,7 +121,7 @@ def name_it(condition: str, topics: Sequence[str]) -> str:
     if condition.startswith(NOT):
         return opposite(name_it(opposite(condition), topics))
     names = [NAMES[topic] for topic in topics]
-    return f"{' or '.join(names) if 'they' in condition else names[0]}: {condition}"
+    return f"{' or '.join(names) if _SEVERAL.search(condition) else names[0]}: {condition}"
 
 
 def is_outcome(condition: str) -> bool:

@@ -14,12 +14,12 @@ import re
 # Topic -> wording. Where two match at one place the earlier in this list wins.
 _TOPICS = {
     "identity": r"\b(full name|your name|phone number|date of birth|customer id|who am i speaking)\b",
-    "payment": r"\bpayment requests?\b|\bpay(ment|ments|ing)?\b|\bpaid\b|\bbills?\b",
+    "payment": r"\bpayment requests?\b|\bpay(ment|ments|ing)?\b|\bpaid\b|\bbills?\b|\brequest (for|of) (?=\$)",
     "refuel": (
         r"\brefuel\w*( (your|the) data)?|\btop[- ]?up\b"
         r"|\b(add|adding|buy|purchase)\b[^?!]*\b(gb|data)\b|\b(more|extra|additional) data\b"
         r"|\bhow (much|many) (more )?(data|gb|gigabytes)\b[^.?!]*\b(add|buy|purchase|like|need|want)\b"
-        r"|\b(\$[\d.]+|dollars?) (per|a) (gb|gigabyte)\b"
+        r"|(\$[\d.]+|\bdollars?) (per|a) (gb|gigabyte)\b|\b[\d.]+ ?gb for \$"
     ),
     "handover": r"\b(transfer|connect|hand|pass|escalat)\w* (you |this |your case )?(over |on )?"
     r"(to|with) (a|an|our|another|the) [^.?!]*\b(agent|team|specialist|representative|colleague|human|department)\b",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tau2_conditions import name_it, spelled_out, split
 from tau2_sections import NEW_ACT, plain, sections
@@ -47,6 +47,10 @@ _PHRASES = [
         r"\b(air ?plane|flight) mode on (for [^,.;?!]*)?,?( and)? then( back)? off( again)?\b",
         r"\1 mode on, turn it off",
     ),
+    (r" - (?=(shall|should|may|would|is that) (i|we|you|okay|ok)\b)", ". "),
+    (r"\bfor [^.,;?!]{1,60}? to (work|function)\b", " "),
+    # What the agent announces is for later.
+    (r"\b(you('ll| will) then (need|have)|and (then )?ask you) to [^.?!;]*", " "),
     (r"\boff,?( and| then)+( back)? on\b( again)?", "off, turn it on"),
     (r"\bon,?( and| then)+( back)? off\b( again)?", "on, turn it off"),
     (
@@ -113,9 +117,7 @@ _TO_YOU = re.compile(
     r" (if|whether|what|that)\b"
 )
 # What waits until the agent has done something.
-_LATER = re.compile(
-    r"\b(once|after|when|as soon as) (i|we)('ve|'ll)?\b|\byou('ll| will) then\b|\b(i|we)('ll| will)\b.*\bask you to\b"
-)
+_LATER = re.compile(r"\b(once|after|when|as soon as) (i|we)('ve|'ll)?\b")
 _OUR_SIDE = re.compile(
     r"\b(on|for|to) your (line|account)\b|\b(on|from) (my|our) (end|side)\b|\bin (the|our) system\b"
 )
@@ -191,6 +193,7 @@ _BARE_ACT = re.compile(
     _LEAD + r"(simply |just |tap |select |choose |press )*((turn|switch|toggle) (on|off)|disconnect|enable|disable"
     r"|accept|approve|re-?set( to default)?)( now| please)?\W*$"
 )
+_DO_SO = re.compile(r"\bdo (so|that|this)\b")
 _BARE_CHECK = re.compile(r"\b(check|look|verify|confirm)( (again|now|please|for me))?\W*$")
 _IS_DONE = re.compile(r"\b(done|finished|completed?|ready)\b")
 
@@ -227,6 +230,9 @@ _CONSENT = re.compile(
     r"|\bcan i (proceed|go ahead)\b"
     r"|\bplease confirm (to|so|if you|whether you|that you|your (consent|approval))\b"
     r"|\bhow would you like to proceed\b|\bwould [^?]* be (ok|okay|alright|all right|fine|acceptable)\b"
+)
+_AGREED = re.compile(
+    _LEAD + r"((is|does) (that|this|it) (be )?(correct|right|work)\b.*|correct|right|deal|okay|ok|alright)\?$"
 )
 _NEGATED_TRANSFER = r"(?<!not )(?<!n't )(?<!never )(?<!avoid )(?<!without )(?<!before )(?<!of )(?<!than )"
 TRANSFERRED = re.compile(
@@ -270,6 +276,7 @@ class _Heard:
     offered: tuple[str, ...] = ()
     asked: str = ""  # the last question, which "if so" takes up
     condition: str = ""  # of the act that is read now
+    acts: list[Request] = field(default_factory=list)  # spoken of last, which "do so" takes up
     heading: list[_Mention] = field(default_factory=list)  # of the section: what "it" is before anything else
 
     def mention(self, mentions: list[_Mention]) -> None:
@@ -405,17 +412,17 @@ def _line_end(match: re.Match) -> str:
 def _parse_act(act: str, heard: _Heard) -> list[Request]:
     topics = find_topics(act)
     offered = tuple(topic for topic in topics if topic in OFFERS)
-    answers = _offers_something(act, topics, offered)
+    answers = _offers_something(act, topics, offered, bool(heard.offered))
     requests = [] if answers else _Reader(act, heard).read()
     heard.offered = offered or heard.offered
     return _answers_to(heard.offered, act) if answers else requests
 
 
-def _offers_something(act: str, topics: tuple[str, ...], offered: tuple[str, ...]) -> bool:
+def _offers_something(act: str, topics: tuple[str, ...], offered: tuple[str, ...], heard_offer: bool) -> bool:
     """Whether the agent offers to do something itself, or asks for consent to what it has offered."""
     itself = _OFFERS_ITSELF.search(act) and act.endswith("?") and not {"resolved", "note"} & set(topics)
     statement = _MAY_BE_HAD.search(act) and _MAY.search(act) and set(offered) & {"refuel", "plan"}
-    asks = not topics and _CONSENT.search(act)
+    asks = not topics and (_CONSENT.search(act) or (heard_offer and _AGREED.search(act)))
     return bool(itself or statement or asks)
 
 
@@ -446,7 +453,8 @@ class _Reader:
             if self._says_only(index, clause.strip()):
                 self.verb = ""
             else:
-                found += self._requests(index, clause)
+                found += self._requests(index, clause) or self._done_so(clause)
+            self._remember_acts(index, clause, found)
             self.mentioned += _mentions(clause, clause)
         _share_state(self.mentioned)
         self.heard.mention(self.mentioned)
@@ -495,6 +503,19 @@ class _Reader:
             if self.verb or topic == "resolved"
         ]
 
+    def _done_so(self, clause: str) -> list[Request]:
+        """What "please do so" asks for: the act that was spoken of last."""
+        if not _DO_SO.search(clause) or self.asking:
+            return []
+        return [replace(request) for request in self.heard.acts]
+
+    def _remember_acts(self, index: int, clause: str, found: list[Request]) -> None:
+        verb = self.own_verbs[index]
+        verb = self._way(index) if verb == "turn" else verb
+        named = [Request(topic, _action(topic, verb, clause), clause) for topic in find_topics(clause)] if verb else []
+        acts = [request for request in named or found if request.action != "check"]
+        self.heard.acts = acts or self.heard.acts
+
     def _remember_asked(self, index: int, clause: str) -> None:
         """Keeps what "if so" takes up: the whole of "is it 2G or 3G?" and of "are A and B on?"."""
         own_question = _ASKS_WHETHER.search(clause) or _WANTS_STATE.search(clause) or _QUESTION.search(clause)
@@ -528,7 +549,7 @@ class _Reader:
         """What "it" or "them" stands for: of the things named last those that the verb can be done to, and of these
         those in another state. Of several "it" is the first, the sentence's subject."""
         groups = [[m for m in group if fits(m.topic, verb)] for group in self._named()]
-        plural = bool(_PLURAL.search(clause))
+        plural = bool(_PLURAL.search(clause) or _PLURAL.search(self.heard.condition))
         pool = next((group for group in groups if len({m.topic for m in group}) > plural), [])
         pool = pool or next(filter(None, groups), [])
         if verb in ("on", "off"):
