@@ -870,4 +870,129 @@ WORDINGS = {
         "Unfortunately, I can't fix a locked SIM card from here, so I'd have to transfer you to a human "
         "agent. Is that alright?"
     ): "handover check",
+    (
+        "Hi John! Your line is active and your bill is paid, so let's look at the phone. What does the "
+        "status bar show?"
+    ): "status_bar check",
+    (
+        "Could you check whether your phone is in airplane mode? If it is, please disable it. Also, please "
+        "check your SIM card's status."
+    ): "airplane off, sim check",
+    (
+        "Thanks for checking. Your SIM is missing – please remove it and insert it again. Then tell me "
+        "whether you have signal."
+    ): "sim do, status_bar check",
+    (
+        "**Troubleshooting steps**\n"
+        "\n"
+        "| Step | What to do |\n"
+        "|---|---|\n"
+        "| 1 | Turn off Airplane Mode |\n"
+        "| 2 | Re-seat the SIM card |\n"
+        "| 3 | Restart the phone |"
+    ): "airplane off, sim do, restart do",
+    (
+        "Let's start with the basics:\n"
+        "\n"
+        "- Is **Airplane Mode** turned off?\n"
+        "- Is your **SIM card** inserted properly?\n"
+        "- What does your **signal** look like?"
+    ): "airplane check, sim check, status_bar check",
+    (
+        "## Quick checks\n"
+        "1. **Airplane mode** – on or off?\n"
+        "2. **Mobile data** – on or off?\n"
+        "3. **Data roaming** – on or off?"
+    ): "airplane check, data check, roaming check",
+    (
+        "I see two issues.\n"
+        "\n"
+        "**Issue 1: Data Saver is on**\n"
+        "Please turn it off.\n"
+        "\n"
+        "**Issue 2: VPN is connected**\n"
+        "Please disconnect it.\n"
+        "\n"
+        "Once you've done both, please run a speed test."
+    ): "saver off, vpn off, speed check",
+    (
+        "Please do the following in order:\n"
+        "1. Open Settings.\n"
+        '2. Go to "Network & Internet".\n'
+        '3. Turn off "Data Saver".\n'
+        '4. Turn off "VPN".\n'
+        "5. Run a speed test."
+    ): "saver off, vpn off, speed check",
+    (
+        "Your messaging app doesn't have the storage permission. Could you grant it and then try to send an MMS?"
+    ): "permissions do, mms check",
+    (
+        "To send MMS, the messaging app needs two permissions: **SMS** and **storage**. Please make sure "
+        "both are granted."
+    ): "mms check, permissions do",
+    "Go to **Settings > Apps > Messaging > Permissions**:\n- **SMS**: allow\n- **Storage**: allow": "permissions do",
+    (
+        "The APN settings look incorrect. Let's reset them: go to Settings > Mobile Network > Access Point "
+        "Names > Reset to default. Then restart your phone."
+    ): "apn check, apn do, restart do",
+    "Have you tried restarting the phone? If not, please do that now.": "restart do",
+    (
+        "Wi-Fi Calling can cause problems with MMS. Is it enabled on your phone? If so, please turn it off "
+        "and try sending the picture again."
+    ): "wifi_calling off, mms check",
+    (
+        "Since you are in France, roaming must be on. I have enabled it on your line; please enable Data "
+        "Roaming on your phone as well."
+    ): "roaming on",
+    (
+        "Do you see the airplane icon in your status bar? If so, please tap it to turn airplane mode off."
+    ): "status_bar check, airplane off",
+    (
+        "Please open the status bar and check:\n• whether the airplane icon is shown\n• how many signal bars you have"
+    ): "airplane check, status_bar check",
+    "Mobile data: please turn it on. Data roaming: please leave it off.": "data on, roaming off",
+    (
+        "Everything looks fine on my side, so the cause must be on the phone. Can you check your network "
+        "mode? If it says 2G or 3G, switch it to 4G/5G."
+    ): "mode do",
+    "Perfect. Let me know once the phone has restarted and whether you have signal.": "restart do, status_bar check",
+    (
+        "Step 1: Turn Airplane Mode off\nStep 2: Turn Mobile Data on\nStep 3: Run a speed test and tell me the result"
+    ): "airplane off, data on, speed check",
+    "Please turn these off: Airplane Mode, Data Saver, VPN.": "airplane off, saver off, vpn off",
+    "These need to be ON: Mobile Data, Data Roaming.": "data on, roaming on",
+    "These should be off:\n- Airplane Mode\n- Data Saver": "airplane off, saver off",
+    (
+        "- Turn **OFF**: Airplane Mode, Data Saver\n- Turn **ON**: Mobile Data, Data Roaming"
+    ): "airplane off, saver off, data on, roaming on",
+    (
+        "1. **Turn off:**\n   - Airplane Mode\n   - Data Saver\n2. **Turn on:**\n   - Mobile Data"
+    ): "airplane off, saver off, data on",
+    (
+        "Settings to verify:\n* Airplane Mode → OFF\n* Mobile Data → ON\n* Wi-Fi Calling → OFF"
+    ): "airplane check, data check, wifi_calling check",
+    (
+        "I'd suggest two changes: first, set the preferred network mode to 4G/5G; second, switch off Wi-Fi Calling."
+    ): "mode do, wifi_calling off",
+    "Could you check your VPN? It should be disconnected.": "vpn off",
+    "Please re-check: is airplane mode off now?": "airplane check",
+    "That's great to hear! Is there anything else I can help you with today?": "resolved check",
+    (
+        "I understand how frustrating this is. I've checked your account and everything is in order. Next, "
+        "please restart your phone."
+    ): "restart do",
+    "Please share a screenshot... just kidding! Simply tell me what your network mode is.": "mode check",
+    "Before we go on: is mobile data on?": "data check",
+    "Please turn on mobile data; once it's on, run a speed test.": "data on, speed check",
+    "After you turn off Airplane Mode, check if Mobile Data is ON. If it's not, turn it on.": "airplane off, data on",
+    (
+        "Please check the following settings and change them if needed:\n"
+        "1. **Airplane Mode** should be OFF.\n"
+        "2. **Mobile Data** should be ON.\n"
+        "3. **Network Mode** should be 4G/5G preferred."
+    ): "airplane off, data on, mode do",
+    "Let me know if you'd like me to add 2 GB of data for $4.00.": "refuel check",
+    (
+        "Would you be willing to pay the $65.00 bill now? If yes, I'll send a payment request to your phone."
+    ): "payment do",
 }

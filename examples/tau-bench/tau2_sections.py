@@ -67,7 +67,9 @@ class _Line:
         """The heading that the line is for the lines after it: "airplane mode" of "### step 1: airplane mode"."""
         if not following or not find_topics(self.text) or len(self.text) > 60 or self.text.endswith("?"):
             return ""
-        below = following.indent > self.indent or following.mark not in ("", self.mark)
+        below = following.indent > self.indent or (
+            following.indent == self.indent and following.mark not in ("", self.mark)
+        )
         titled = self.mark == "#" or (self.bold and self.mark != "-") or self.text != self.unnumbered
         apart = titled and (following.mark, following.bold) != (self.mark, self.bold)
         return self.unnumbered if apart or (self.mark and below and not following.after_blank) else ""

@@ -71,7 +71,7 @@ _PHRASES = [
         r"\1 you \4",
     ),
     # "Before" puts the second thing first; what is before something that the agent does is not asked for.
-    (r"\bbefore (we|i)\b[^,.?!;]*", " "),
+    (r"\bbefore (we|i)\b[^,.?!;:]*", " "),
     (r"(^|[.?!;] )before ((you )?[^,.?!;]+), ([^.?!;]+)", r"\1\4, then \2"),
     (r"\bbefore (?=you \w+|\w+ing\b)", ", then "),
 ]
@@ -443,6 +443,7 @@ class _Reader:
         self.verb = "check" if self.question else ""
         self.wishes = False  # "make sure that A is off, B is on and C is 5G": each is a wish of its own
         self.asking = False  # a question about the phone, which changes nothing
+        self.listed = ""  # the state in "these should be off: A, B"
         self.asked = ""  # of this sentence
         self.aside = ""  # "never" or "will": neither is over with an "and"
         self.mentioned: list[_Mention] = []
@@ -492,7 +493,7 @@ class _Reader:
         own = self._clause_verb(index, clause)
         self.verb = own or self.verb
         texts = dict.fromkeys(topics, clause)
-        if not topics and own and self._points_back(own, clause):
+        if not topics and own and self.joints[index + 1 : index + 2] != [":"] and self._points_back(own, clause):
             texts = {m.topic: clause for m in self._meant(own, clause)}
         if "permissions" in texts and _PRONOUN.search(clause) and not _NAMED_PERMISSION.search(clause):
             texts["permissions"] += self._which_permissions(clause)
@@ -538,7 +539,12 @@ class _Reader:
         return " ".join(f" {m.text}" for m in missing or pool)
 
     def _named(self) -> tuple[list[_Mention], ...]:
-        return self.heard.heading, self.mentioned, *self.heard.recent, self.heard.said
+        first = (self.mentioned, self.heard.heading) if self._labelled() else (self.heard.heading, self.mentioned)
+        return *first, *self.heard.recent, self.heard.said
+
+    def _labelled(self) -> bool:
+        """Whether the sentence begins with what it is about: "data roaming: turn it off"."""
+        return self.joints[1:2] == [":"] and only_names(self.clauses[0])
 
     def _points_back(self, own: str, clause: str) -> bool:
         if own == "check":
@@ -606,7 +612,10 @@ class _Reader:
     def _wished(self, index: int) -> str:
         """On, off or another wish, of "make sure that A is off" and of "make sure that A and B are off"."""
         if wished := state(self.clauses[index]):
+            self.listed = "" if find_topics(self.clauses[index]) else wished
             return wished
+        if self.listed and only_names(self.clauses[index]):
+            return self.listed
         if not _IS_IT.search(self.clauses[index]):
             for later in range(index + 1, min(index + FARTHEST, len(self.clauses))):
                 clause = self.clauses[later]
