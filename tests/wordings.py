@@ -995,4 +995,14 @@ WORDINGS = {
     (
         "Would you be willing to pay the $65.00 bill now? If yes, I'll send a payment request to your phone."
     ): "payment do",
+    (
+        "Please run the following checks and share the results:\n"
+        "\n"
+        "1. **Network status** – signal, network type (2G/3G/4G/5G), mobile data, data roaming\n"
+        "2. **SIM card status**\n"
+        "3. **APN settings** – specifically whether the MMSC URL is set\n"
+        "4. **Wi-Fi Calling status**\n"
+        "5. **Messaging app permissions** – whether storage and SMS permissions are granted"
+    ): "network check, status_bar check, mode check, data check, roaming check, sim check, apn check, wifi_calling check, permissions check",
+    "Do you have signal now? What about MMS – can you send one?": "status_bar check, mms check",
 }

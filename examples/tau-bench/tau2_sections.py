@@ -71,7 +71,7 @@ class _Line:
             following.indent == self.indent and following.mark not in ("", self.mark)
         )
         titled = self.mark == "#" or (self.bold and self.mark != "-") or self.text != self.unnumbered
-        apart = titled and (following.mark, following.bold) != (self.mark, self.bold)
+        apart = titled and (following.mark != self.mark or (not self.mark and following.bold != self.bold))
         return self.unnumbered if apart or (self.mark and below and not following.after_blank) else ""
 
 

@@ -33,7 +33,7 @@ _PHRASES = [
         "reseat sim",
     ),
     (rf"\b(take|taking|pull\w*|pop\w*) (your |the )?sim( card)? out[^.;]*?\b{_BACK_IN}", "reseat sim"),
-    (r" - (?=(it|this|that|these|they|so|then|if|please|can you|could you|make sure)\b)", ". "),
+    (r" - (?=(it|this|that|these|they|so|then|if|please|make sure)\b)", ". "),
     (
         r"\b(let me know|tell me) (if|whether) you('d| would) (like|want|be willing|wish) to"
         r" (?=(accept|pay|approve)\b)",
@@ -276,6 +276,7 @@ class _Heard:
     offered: tuple[str, ...] = ()
     asked: str = ""  # the last question, which "if so" takes up
     condition: str = ""  # of the act that is read now
+    verb: str = ""  # "check" in a list of things to check
     acts: list[Request] = field(default_factory=list)  # spoken of last, which "do so" takes up
     heading: list[_Mention] = field(default_factory=list)  # of the section: what "it" is before anything else
 
@@ -294,6 +295,7 @@ def parse(text: str, said: Sequence[str] = ()) -> list[Request]:
     said: the customer's last statements, which "it" may stand for where the message itself names nothing.
     """
     found: list[Request] = []
+    verb = ""
     heard, listed = _Heard(said=_said(said)), []
     for section in sections(_spoken(text)[:LONGEST_HEARD]):
         if heading := _mentions(section.heading, section.heading):
@@ -303,8 +305,10 @@ def parse(text: str, said: Sequence[str] = ()) -> list[Request]:
             listed += [*heading, *(mention for group in reversed(inside.recent) for mention in group)]
         else:
             heard.mention(listed)
+            heard.verb = verb if listed and section.text.startswith("\n- ") else ""
             listed = []
             found += _read_section(section.text, heard)
+            verb = heard.verb  # which a list of things takes up
     return _merged(found)
 
 
@@ -314,7 +318,8 @@ def _said(parts: Sequence[str]) -> list[_Mention]:
 
 def _read_section(text: str, heard: _Heard) -> list[Request]:
     found: list[Request] = []
-    for sentence in _sentences(text):
+    for index, sentence in enumerate(_sentences(text)):
+        heard.verb = heard.verb if index == 0 else ""
         if _CORRECT.search(sentence):
             found += [Request(m.topic, m.state) for m in _stated(heard)]
         for condition, act in split(sentence):
@@ -440,7 +445,7 @@ class _Reader:
         self.clauses = [_ASIDES.sub(" ", piece) for piece in pieces[::2]]
         self.joints = ["", *pieces[1::2]]
         self.own_verbs = [_own_verb(clause) for clause in self.clauses]
-        self.verb = "check" if self.question else ""
+        self.verb = "check" if self.question or heard.verb == "check" else ""
         self.wishes = False  # "make sure that A is off, B is on and C is 5G": each is a wish of its own
         self.asking = False  # a question about the phone, which changes nothing
         self.listed = ""  # the state in "these should be off: A, B"
@@ -457,6 +462,7 @@ class _Reader:
                 found += self._requests(index, clause) or self._done_so(clause)
             self._remember_acts(index, clause, found)
             self.mentioned += _mentions(clause, clause)
+        self.heard.verb = self.verb
         _share_state(self.mentioned)
         self.heard.mention(self.mentioned)
         return found
