@@ -1003,6 +1003,9 @@ WORDINGS = {
         "3. **APN settings** – specifically whether the MMSC URL is set\n"
         "4. **Wi-Fi Calling status**\n"
         "5. **Messaging app permissions** – whether storage and SMS permissions are granted"
-    ): "network check, status_bar check, mode check, data check, roaming check, sim check, apn check, wifi_calling check, permissions check",
+    ): (
+        "network check, status_bar check, mode check, data check, roaming check, sim check, apn check, "
+        "wifi_calling check, permissions check"
+    ),
     "Do you have signal now? What about MMS – can you send one?": "status_bar check, mms check",
 }
