@@ -644,7 +644,7 @@ WORDINGS = {
         "- **Airplane Mode is ON** → please turn it **OFF**\n"
         "- **Data Roaming is OFF** → please turn it **ON**\n"
         "- **Wi-Fi Calling is ON** → please turn it **OFF**, as it can interfere with MMS"
-    ): "airplane off, roaming on, wifi_calling off, mms check",
+    ): "airplane off, roaming on, wifi_calling off",
     (
         "There are two settings that need to be changed: Airplane Mode is on, and Data Roaming is off. "
         "Please turn off airplane mode and turn on data roaming."
@@ -1008,4 +1008,32 @@ WORDINGS = {
         "wifi_calling check, permissions check"
     ),
     "Do you have signal now? What about MMS – can you send one?": "status_bar check, mms check",
+    "I've added 2 GB to your line for $4.00. Please check your speed now.": "speed check",
+    (
+        "Please look at these and report back:\n\n- Airplane Mode\n- Mobile Data\n- Data Saver"
+    ): "airplane check, data check, saver check",
+    (
+        "1. Airplane Mode: make sure it is off\n2. Mobile Data: make sure it is on\n3. Restart your phone"
+    ): "airplane off, data on, restart do",
+    (
+        "**Airplane Mode** is currently on. Please turn it off first. **Mobile Data** is off as well. "
+        "Please turn it on."
+    ): "airplane off, data on",
+    "Your phone is on 3G. For MMS, please set it to 4G/5G preferred.": "mode do",
+    (
+        "Please turn off the Wi-Fi Calling feature and, after that, reset the APN settings and restart."
+    ): "wifi_calling off, apn do, restart do",
+    "The VPN is still connected, isn't it? Please disconnect it.": "vpn off",
+    "Ok great, so airplane mode is off. What about mobile data, is that on?": "data check",
+    "Nothing is wrong with the SIM, so leave it in. Just turn roaming on.": "sim check, roaming on",
+    'Please go ahead and toggle both "Mobile Data" and "Data Roaming" ON.': "data on, roaming on",
+    "Turn OFF Airplane Mode → Turn ON Mobile Data → Run a speed test": "airplane off, data on, speed check",
+    "Please do NOT turn on Airplane Mode. Just tell me whether it's on.": "airplane check",
+    (
+        "Everything on the account is fine. Could you try restarting your phone and then see if the signal is back?"
+    ): "restart do, status_bar check",
+    "Please check whether your SIM card is seated properly; if it isn't, re-seat it.": "sim do",
+    (
+        'Please disable "Data Saver", since it may be limiting your mobile data, and then retest your speed.'
+    ): "saver off, speed check",
 }

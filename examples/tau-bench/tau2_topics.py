@@ -43,6 +43,7 @@ _TOPICS = {
     "apn": r"\bapns?\b( settings?)?|\baccess point( name)?s?\b|\bmmsc\b( url)?",
     "permissions": r"\bpermissions?\b|\bstorage\b|\bsms\b",
     "speed": r"\bspeed ?-?tests?\b|\binternet speed\b|\btest (your|the) (\w+ )?(speed|connection)\b|\bhow fast\b"
+    r"|\b(re-?test|check|measure) (your|the) (\w+ )?speed\b"
     r"|\bhow('s| is) (the|your) (\w+ )?(speed|connection|internet)\b",
     "mms": (
         r"\bmms\b|\b(picture|multimedia|photo|group) messag\w+"

@@ -48,6 +48,7 @@ _PHRASES = [
         r"\1 mode on, turn it off",
     ),
     (r" - (?=(shall|should|may|would|is that) (i|we|you|okay|ok)\b)", ". "),
+    (rf" ?→ ?(?={NEW_ACT.pattern})", ", then "),
     (r"\bfor [^.,;?!]{1,60}? to (work|function)\b", " "),
     # What the agent announces is for later.
     (r"\b(you('ll| will) then (need|have)|and (then )?ask you) to [^.?!;]*", " "),
@@ -137,7 +138,7 @@ _SUBJECT = re.compile(
     r"\b(can|may|might|could|will|would|does)\b(?!'t| you\b| we\b)"
     r"|\b(lets|allows|enables|helps|makes|means|requires|restricts)\b"
 )  # "a VPN can turn ... off"
-_IT = re.compile(_LEAD + r"(it|this|that|they|these|those|which) ")
+_IT = re.compile(_LEAD + r"((since|because|as) )?(it|this|that|they|these|those|which) ")
 _GERUND = re.compile(
     _LEAD + r"(turn|switch|disabl|enabl|disconnect|connect|restart|reboot|resett|re-?seat|remov|grant|chang|toggl"
     r"|deactivat|activat|sett|putt|keep|leav)ing\b"
@@ -180,7 +181,8 @@ _SET = re.compile(
     r"|setting (?=(your|the|it)\b))\b"
 )
 _CHECK = re.compile(
-    r"\b(check|look|see|tell|show|verify|confirm|view|review|report|read|test|run|re-?run|try|retry|send|let me know"
+    r"\b(check|look|see|tell|show|verify|confirm|view|review|report|read|(re-?)?test|measure"
+    r"|re-?check|run|re-?run|try|retry|send|let me know"
     r"|need your|checking|running|trying|testing|sending|rerunning|verifying)\b"
 )
 _PRONOUN = re.compile(
