@@ -395,3 +395,9 @@ def test_compare_refuses_another_version_of_the_same_customer(tmp_path, capsys):
 def test_wrong_commands_of_the_sensitivity_table(flags, told, tmp_path, capsys):
     assert sensitivity.main(["--agent", "teacher", "--output-dir", str(tmp_path / "out"), *flags]) == 2
     assert capsys.readouterr().err.startswith(f"error: {told}")
+
+
+def test_a_terse_customer_names_an_apn_that_is_broken():
+    terse = make_mood("terse", "task", 0)
+    assert terse.words(["APN is broken, MMSC is set"], True) == ["APN broken, MMSC ok"]
+    assert terse.words(["APN is internet, MMSC is not set"], True) == ["no MMSC"]
