@@ -1036,4 +1036,15 @@ WORDINGS = {
     (
         'Please disable "Data Saver", since it may be limiting your mobile data, and then retest your speed.'
     ): "saver off, speed check",
+    "Thanks for checking. Now please do the same for Data Roaming: turn it on.": "roaming on",
+    "Airplane Mode: OFF ✅\nMobile Data: OFF ❌ – please turn it on": "data on",
+    "Your settings:\n- Airplane mode: off ✅\n- Data Saver: on ❌\n\nPlease turn off Data Saver.": "saver off",
+    (
+        "Great, thanks for the update! So far:\n"
+        "- Airplane mode: off\n"
+        "- SIM: active\n"
+        "- Mobile data: off\n"
+        "\n"
+        "Please turn mobile data on."
+    ): "data on",
 }

@@ -22,6 +22,11 @@ _STEP = re.compile(r"\W*(step )?\d+\s*[-:.)]\s*")
 _HEAD = re.compile(r"(?P<head>[^:.?!;→,]{2,60}?)\s*(?:: | -+ | ?— ?|→)\s*(?P<rest>\S.*)")
 _SPEAKS = re.compile(rf"{NEW_ACT.pattern}|.*(\?|\b(if|please|make sure|ensure|should|must|needs?)\b)|(\S+ ){{2,}}.*\.")
 _ARROW = re.compile(r" ?→ ?(?=(so |then |and )*(if|please|can you|could you|make sure|\w+ it\b))")
+# What comes before a list of states that is more than a report.
+_ASKS_FOR_STATES = re.compile(
+    r"\b(please|set|toggle|apply|make sure|ensure|should|change|adjust|configure|switch|turn"
+    r"|needs?|confirm|check|verify)\b"
+)
 _SWITCHED = re.compile(r"(?P<what>[^:→]+?)(:| [-—→]) (?P<way>on|off|enabled|disabled)[.,;]?$")
 
 
@@ -42,13 +47,14 @@ class _Line:
     after_blank: bool
 
     @classmethod
-    def read(cls, raw: str, after_blank: bool) -> _Line:
+    def read(cls, raw: str, after_blank: bool, asked: bool) -> _Line:
         text = raw.strip()
         found = _MARK.match(text)
         mark = found[0] if found else ""
         text = text[len(mark) :].strip()
         bold = bool(re.fullmatch(r"\*\*[^*]+\*\*\W*", text))
-        text = _switched(_ARROW.sub(" - ", plain(text)))
+        text = _ARROW.sub(" - ", plain(text))
+        text = _switched(text) if asked else text
         kind = "#" if "#" in mark else "1" if re.search(r"\d", mark) else "-" if mark else ""
         return cls(len(raw) - len(raw.lstrip()), kind, bold, text, after_blank)
 
@@ -107,10 +113,12 @@ def _bullet(line: _Line) -> str:
 
 
 def _lines(text: str) -> list[_Line]:
-    found, blank = [], False
+    found, blank, asked = [], False, False
     for raw in text.split("\n"):
         if raw.strip():
-            found.append(_Line.read(raw, blank))
+            found.append(_Line.read(raw, blank, asked))
+            if not found[-1].mark and not _SWITCHED.fullmatch(plain(raw.strip())):
+                asked = bool(_ASKS_FOR_STATES.search(raw.lower()))
         blank = not raw.strip()
     return found
 
