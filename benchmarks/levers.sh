@@ -171,7 +171,8 @@ make_tasks
 sft sft
 for arm in "${ARMS[@]}"; do
    say "$arm"
-   (run_arm "$arm")
+   (trap - INT && run_arm "$arm") &
+   wait_for $!
 done
 for arm in "${ARMS[@]}"; do
    for result in eval.json eval_new.json; do

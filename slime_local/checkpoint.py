@@ -321,12 +321,21 @@ def sole_writer(path: str | None) -> Iterator[None]:
         yield
         return
     Path(path).mkdir(parents=True, exist_ok=True)
-    with (Path(path) / ".lock").open("a") as file:
+    with (Path(path) / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"--save {path}: another run is writing it; end that one or save elsewhere") from None
+            file.seek(0)
+            holder = file.read(20).strip()
+            which = f" (PID {holder})" if holder else ""
+            raise UsageError(
+                f"--save {path}: another run is writing it{which}; end that one or save elsewhere"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
         yield
+        file.truncate(0)
 
 
 # ---- Random generators -------------------------------------------------------------------------------------------

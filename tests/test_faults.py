@@ -720,5 +720,5 @@ def test_two_runs_never_share_an_output(sft, tmp_path, capsys):
     record("evaluation", "two runs share an output", "the second one ends with one line")
     with checkpoint.sole_writer(str(tmp_path / "run")):
         assert train.main(sft(tmp_path / "run", "--num-rollout", "1")) == 2
-    assert "another run is writing it" in one_line(capsys)
+    assert f"another run is writing it (PID {os.getpid()}); end that one" in one_line(capsys)
     record("SFT and GRPO", "two runs share --save", "the second one ends with one line, before the model loads")

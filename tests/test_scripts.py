@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import EXAMPLE, ROOT, TINY_ARGS, free_ports
@@ -161,3 +164,53 @@ def test_a_run_folder_of_other_settings_is_refused(tmp_path):
     assert done.returncode == 2
     assert f"{tmp_path} holds a run with SEED=1; this one has SEED=1234 MOOD=plain KL=0" in done.stderr
     assert run("run_local.sh", QUICK="yes").stderr.startswith("error: QUICK=yes: give 1, or 0")
+
+
+SLEEPS = """#!/bin/sh
+echo $$ >"$PID_FILE"
+exec sleep 60
+"""
+LAUNCH = "source examples/tau-bench/launch.sh; launch --lr 1"
+TIMED = """
+set -euo pipefail
+bash() { :; }  # no set-up
+source examples/tau-bench/run_local.sh
+timed step "$SLEEPS"
+echo went on
+"""
+
+
+@pytest.mark.parametrize("settings", [LAUNCH, LAUNCH + " # CHECK=1", "examples/tau-bench/run_eval.sh", TIMED])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_ends_with_its_script(settings, number, tmp_path):
+    """TERM comes to the shell alone; INT, from a terminal, to both."""
+    fake, pid_file = tmp_path / "sleeps", tmp_path / "pid"
+    fake.write_text(SLEEPS)
+    fake.chmod(0o755)
+    environment = os.environ | {"HOST": "local", "PYTHON": str(fake), "SLEEPS": str(fake), "PID_FILE": str(pid_file)}
+    environment |= {"CHECKPOINT": "x", "RUN_DIR": str(tmp_path), "CHECK": str(int("CHECK=1" in settings))}
+    command = ["bash", settings] if settings.endswith("run_eval.sh") else ["bash", "-c", settings]
+    shell = subprocess.Popen(
+        command, env=environment, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: pid_file.exists() and pid_file.read_text().endswith("\n"))
+    (os.kill if number == signal.SIGTERM else os.killpg)(shell.pid, number)
+    assert shell.communicate(timeout=20)[0] == "" and shell.returncode in (-number, 128 + number)
+    wait_until(lambda: not Path(f"/proc/{pid_file.read_text().strip()}").exists())
+
+
+def test_the_code_of_a_timed_command_ends_run_local(tmp_path):
+    for script, code, said in (("exit 7", 7, ""), ("exit 0", 0, "went on\n")):
+        settings = {"SLEEPS": "sh", "RUN_DIR": str(tmp_path)}
+        command = TIMED.replace('"$SLEEPS"', f"sh -c '{script}'")
+        done = subprocess.run(
+            ["bash", "-c", command], env=os.environ | settings, capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert (done.returncode, done.stdout) == (code, said), done.stderr
+
+
+def wait_until(true, seconds=20):
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.02)

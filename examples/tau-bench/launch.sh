@@ -54,13 +54,13 @@ need_start() { # need_start FOLDER LOAD: slime would look for its start only whe
       fail "$1 is not there: run run_sft.sh first, or set SFT_DIR to the checkpoint that GRPO starts from"
 }
 
-launch() { # launch ARG...: train.py with these arguments
+launch() { # launch ARG...: train.py with these arguments, in place of this shell: a TERM that ends one ends the other
    if [ "${PRINT:-0}" = 1 ]; then
       printf '%s\n' "python3 train.py" "$@"
    elif [ "${CHECK:-0}" = 1 ]; then
-      "$PYTHON" "$ROOT/train.py" --host "$HOST" --check-only "$@"
+      exec "$PYTHON" "$ROOT/train.py" --host "$HOST" --check-only "$@"
    elif [ "$HOST" = local ]; then
-      "$PYTHON" "$ROOT/train.py" --host local "$@"
+      exec "$PYTHON" "$ROOT/train.py" --host local "$@"
    else
       start_ray
       ray job submit --address "$RAY_ADDRESS" --runtime-env-json "$(runtime_env)" -- python3 "$ROOT/train.py" "$@"

@@ -41,5 +41,5 @@ COMMAND=("$EXAMPLE/evaluate_tau2.py" --checkpoint "$CHECKPOINT" --output-path "$
 if [ "${PRINT:-0}" = 1 ]; then
    printf '%s\n' "$PYTHON" "${COMMAND[@]}"
 else
-   "$PYTHON" "${COMMAND[@]}"
+   exec "$PYTHON" "${COMMAND[@]}" # in place of this shell: a TERM that ends one ends the other
 fi

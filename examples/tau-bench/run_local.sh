@@ -184,10 +184,25 @@ OWN_ARGS=( # the model's own, solved or mended
 
 say() { printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
+wait_for() { # wait_for PID: to its end, with its exit code; a TERM to this shell alone ends both
+   local code=0 ended=0
+   trap "ended=1; kill $1 2>/dev/null || true" TERM
+   trap : INT # the terminal sends it to both: the command says what it leaves, and its code ends this shell
+   while
+      code=0
+      wait "$1" || code=$?
+      kill -0 "$1" 2>/dev/null # a signal ended the waiting, not the command
+   do :; done
+   trap - TERM INT
+   [ "$ended" = 0 ] || exit 143
+   return "$code"
+}
+
 timed() { # timed STEP COMMAND...: run it and add its seconds to the step's
    local step=$1 start=$SECONDS
    shift
-   "$@"
+   (trap - INT && exec "$@") & # a command in the background ignores INT unless told otherwise
+   wait_for $!
    printf '%s\t%s\n' "$step" $((SECONDS - start)) >>"$RUN_DIR/minutes.tsv"
 }
 
