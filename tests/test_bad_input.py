@@ -37,6 +37,7 @@ import evaluate_tau2
 import sensitivity
 import summarize
 import tau2_mock
+import tau2_moods
 import tau2_results
 import teacher_traces
 import token_agent
@@ -951,6 +952,9 @@ WRONG_SCRIPTS = [
     ("run_local.sh", {"EVAL_TASKS": "all"}, "EVAL_TASKS=all: give a whole number above 0"),
     ("run_local.sh", {"PORT": "http"}, "PORT=http: give a whole number above 0"),
     ("run_local.sh", {"KL": "much"}, "KL=much: give a number"),
+    ("run_local.sh", {"MOOD": "angry"}, f"MOOD=angry: choose one of: {', '.join(tau2_moods.CHOICES)}"),
+    ("run_local.sh", {"RUN_DIR": "README.md"}, "RUN_DIR=README.md: no folder that can be made and written here"),
+    ("run_local.sh", {"RUN_DIR": "/proc/run"}, "RUN_DIR=/proc/run: no folder that can be made and written here"),
 ]
 
 

@@ -159,10 +159,12 @@ def succeed(done):
 
 
 def test_a_run_folder_of_other_settings_is_refused(tmp_path):
-    (tmp_path / "made_with").write_text("SEED=1\n")
+    rest = "SFT_ROLLOUTS=140 RFT_ROUNDS=0 RFT_ROLLOUTS=40 GRPO_ROLLOUTS=6 GRPO_BATCH=6 EVAL_TASKS=40 CONTEXT=1664"
+    (tmp_path / "made_with").write_text(f"SEED=1 MOOD=plain KL=0.1 {rest}\n")
     done = run("run_local.sh", RUN_DIR=tmp_path)
     assert done.returncode == 2
-    assert f"{tmp_path} holds a run with SEED=1; this one has SEED=1234 MOOD=plain KL=0" in done.stderr
+    differ = "SEED=1, now SEED=1234; KL=0.1, now KL=0"
+    assert done.stderr == f"error: {tmp_path} holds a run with {differ}; choose another RUN_DIR\n"
     assert run("run_local.sh", QUICK="yes").stderr.startswith("error: QUICK=yes: give 1, or 0")
 
 
@@ -197,6 +199,23 @@ def test_a_command_ends_with_its_script(settings, number, tmp_path):
     (os.kill if number == signal.SIGTERM else os.killpg)(shell.pid, number)
     assert shell.communicate(timeout=20)[0] == "" and shell.returncode in (-number, 128 + number)
     wait_until(lambda: not Path(f"/proc/{pid_file.read_text().strip()}").exists())
+
+
+def test_a_refused_start_of_run_local_may_be_corrected(tmp_path):
+    """CONTEXT=1 is refused by the first stage: the folder is not bound to it."""
+    refuses = tmp_path / "bin" / "python"
+    refuses.parent.mkdir()
+    refuses.write_text("#!/bin/sh\ncase $* in *evaluate_tau2.py*) exit 2;; esac\n")
+    refuses.chmod(0o755)
+    done = run("run_local.sh", RUN_DIR=tmp_path / "run", TAU2_VENV=tmp_path, BASH_ENV=no_set_up(tmp_path))
+    assert done.returncode == 2 and "evaluation of base" in done.stdout, done.stderr
+    assert (tmp_path / "run").is_dir() and not (tmp_path / "run/made_with").exists()
+
+
+def no_set_up(folder):
+    """What bash reads first: scripts/setup_env.sh is not run."""
+    (folder / "env.sh").write_text("bash() { :; }\n")
+    return folder / "env.sh"
 
 
 def test_the_code_of_a_timed_command_ends_run_local(tmp_path):

@@ -43,12 +43,24 @@ for name in SEED RFT_ROUNDS; do
    [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || { echo "error: $name=${!name}: give a whole number" >&2 && exit 2; }
 done
 [[ $KL =~ ^[0-9]*\.?[0-9]+(e-?[0-9]+)?$ ]] || { echo "error: KL=$KL: give a number such as 0.1" >&2 && exit 2; }
+moods="plain terse rambling misreads eager asks_back persona mixed" # CHOICES of tau2_moods.py
+[[ " $moods " == *" $MOOD "* ]] || { echo "error: MOOD=$MOOD: choose one of: ${moods// /, }" >&2 && exit 2; }
 [[ $QUICK =~ ^[01]$ ]] || { echo "error: QUICK=$QUICK: give 1, or 0 for the full run" >&2 && exit 2; }
 made_with="SEED=$SEED MOOD=$MOOD KL=$KL SFT_ROLLOUTS=$SFT_ROLLOUTS RFT_ROUNDS=$RFT_ROUNDS RFT_ROLLOUTS=$RFT_ROLLOUTS"
 made_with+=" GRPO_ROLLOUTS=$GRPO_ROLLOUTS GRPO_BATCH=$GRPO_BATCH EVAL_TASKS=$EVAL_TASKS CONTEXT=$CONTEXT"
 before=$(cat "$RUN_DIR/made_with" 2>/dev/null || echo "$made_with")
 if [ "$before" != "$made_with" ] && [ "${BASH_SOURCE[0]}" = "$0" ]; then # its files would stand as this run's
-   echo "error: $RUN_DIR holds a run with $before; this one has $made_with: choose another RUN_DIR" >&2 && exit 2
+   read -ra were <<<"$before" && read -ra are <<<"$made_with"
+   differ=()
+   for index in "${!are[@]}"; do
+      old=${were[index]:-nothing}
+      [ "$old" = "${are[index]}" ] || differ+=("$old, now ${are[index]};")
+   done
+   echo "error: $RUN_DIR holds a run with ${differ[*]} choose another RUN_DIR" >&2 && exit 2
+fi
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+   { mkdir -p "$RUN_DIR" && [ -w "$RUN_DIR" ]; } 2>/dev/null ||
+      { echo "error: RUN_DIR=$RUN_DIR: no folder that can be made and written here; choose another" >&2 && exit 2; }
 fi
 STAGES=(base sft grpo) LAST_DIR=$SFT_DIR LOGS=("$SFT_DIR/metrics.jsonl")
 [ "$RFT_ROUNDS" = 0 ] || STAGES=(base sft rft grpo)
@@ -230,14 +242,13 @@ collect() { # collect CHECKPOINT OUTPUT [FLAGS]: episodes of every train task
 
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # sourced for the arrays and functions above (benchmarks/levers.sh)
 
-mkdir -p "$RUN_DIR"
-echo "$made_with" >"$RUN_DIR/made_with"
 say "SmolLM2-135M-Instruct as an HF folder"
 timed base "$PYTHON" -m slime_local.smollm2 --out "$MODEL_DIR"
 
 say "1. tasks to JSONL"
 make_tasks
 evaluate base "$MODEL_DIR"
+echo "$made_with" >"$RUN_DIR/made_with" # not before: a start that was refused may be corrected; the evaluation knows its own
 
 say "2. SFT on teacher traces"
 timed sft "$PYTHON" examples/tau-bench/teacher_traces.py "${TRACES_ARGS[@]}" --seed "$SEED" --num-traces "$((SFT_ROLLOUTS * 2))"

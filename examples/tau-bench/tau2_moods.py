@@ -116,8 +116,8 @@ def problem_with(args: dict[str, Any]) -> str:
     """What is wrong with the scripted customer's settings; "" when nothing is."""
     if unknown := [str(name)[:40] for name in args if name != "mood"]:
         return f"the scripted customer knows no setting {', '.join(unknown)}; its only one is mood"
-    if args.get("mood", "plain") not in CHOICES:
-        return f"unknown mood of the scripted customer; choose one of: {', '.join(CHOICES)}"
+    if (mood := args.get("mood", "plain")) not in CHOICES:
+        return f"unknown mood {str(mood)[:40]!r} of the scripted customer; choose one of: {', '.join(CHOICES)}"
     return ""
 
 
