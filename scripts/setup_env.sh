@@ -65,7 +65,8 @@ lock_fits() { # requirements/local.lock was made for this platform, from the req
 
 install_all() {
     step "torch ($torch_install)"
-    command -v nvidia-smi >/dev/null || step "no GPU here: if CUDA packages come now, TORCH_INSTALL in $0 says how to avoid them"
+    [ -n "${TORCH_INSTALL:-}" ] || command -v nvidia-smi >/dev/null ||
+        step "no GPU here: if CUDA packages come now, TORCH_INSTALL in $0 says how to avoid them"
     # shellcheck disable=SC2086  # several arguments on purpose
     pip_install $torch_install
     if lock_fits; then

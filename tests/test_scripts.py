@@ -69,7 +69,7 @@ def test_traces_of_other_settings_are_not_trained_on(source, tmp_path, run_scrip
         task_id = load_split_ids("telecom")["train"][0]
         (tmp_path / "v4.jsonl").write_text(json.dumps({"task_id": f"[telecom]{task_id}", "prompt": said}) + "\n")
         succeed(run_script("examples/tau-bench/teacher_traces.py", *flags, "--from-hub-file", tmp_path / "v4.jsonl"))
-    given = {"HOST": "local", "HF_DIR": tmp_path / "nothing", "DATA_DIR": tmp_path, "TRACES": f"{traces}@[0:1]"}
+    given = {"HOST": "local", "HF_DIR": tmp_path, "DATA_DIR": tmp_path, "TRACES": f"{traces}@[0:1]"}
     for settings, named in (
         ({}, "of the prompt 'short', not 'official'"),
         ({"PROMPT": "short", "DOMAIN": "retail"}, "of the domain 'telecom', not 'retail'"),
@@ -78,7 +78,7 @@ def test_traces_of_other_settings_are_not_trained_on(source, tmp_path, run_scrip
         assert done.returncode == 2 and named in done.stderr and f"remove {traces} or set TRACES" in done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     done = run("run_sft.sh", CHECK=1, PROMPT="short", **given)
-    assert done.returncode == 2 and "no model folder" in done.stderr, "the traces were no matter"
+    assert done.returncode == 2 and "config.json" in done.stderr, "the traces were no matter"
 
 
 def test_grpo_on_slime_wants_its_start_before_the_engines_load(tmp_path):
@@ -87,6 +87,25 @@ def test_grpo_on_slime_wants_its_start_before_the_engines_load(tmp_path):
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = run("run_grpo.sh", SFT_DIR=tmp_path / "sft", RL_DIR=tmp_path / "rl", PATH=path)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'sft'} is not there: run run_sft.sh")
+
+
+def test_a_missing_folder_is_told_before_tasks_are_written_here(tmp_path):
+    local = {"HOST": "local", "DATA_DIR": tmp_path / "data", "SFT_DIR": tmp_path / "sft", "RL_DIR": tmp_path / "rl"}
+    for script in ("run_sft.sh", "run_grpo.sh"):
+        done = run(script, CHECK=1, HF_DIR=tmp_path / "m", **local)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: no model folder at {tmp_path / 'm'} (from ")
+    done = run("run_grpo.sh", CHECK=1, HF_DIR=tmp_path, **local)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'sft'} is not there: run run_sft.sh")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["run_sft.sh", "run_grpo.sh"])
+def test_flags_of_a_script_are_the_last_of_train_py(script, tmp_path):
+    assert run(script, "--lr", "0.5", PRINT=1).stdout.splitlines()[-2:] == ["--lr", "0.5"]
+    (tmp_path / "telecom_pool_tasks.jsonl").touch()
+    (tmp_path / "teacher_traces.jsonl").write_text('{"prompt": []}\n')
+    done = run(script, "--no-such-flag", CHECK=1, HF_DIR=tmp_path, DATA_DIR=tmp_path)
+    assert done.returncode == 2 and "--no-such-flag" in done.stderr
 
 
 def test_what_is_made_of_a_model_lies_beside_it():

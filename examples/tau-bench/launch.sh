@@ -48,9 +48,18 @@ need_ray() { # fails where `launch` would, before anything is written
       fail "HOST=slime: no ray on PATH: run it in slime's image, or HOST=local"
 }
 
-need_start() { # need_start FOLDER LOAD: slime would look for its start only when the engines are up
-   ! submits || [ -e "$1" ] || [ -e "$2" ] ||
-      [[ $RAY_ADDRESS != http://127.0.0.1:* ]] || # the folders are those of another machine
+need_model() { # here the folder is looked at before tasks and traces are written beside it
+   [ "$HOST" != local ] || [ "${PRINT:-0}" = 1 ] || [ -d "$HF_DIR" ] ||
+      fail "no model folder at $HF_DIR (from $PWD): set HF_DIR; python -m slime_local.smollm2 --out FOLDER makes a small one"
+}
+
+need_start() { # need_start FOLDER LOAD: before anything is written; slime would look for it only when the engines are up
+   if [ "$HOST" = local ]; then
+      [ "${PRINT:-0}" != 1 ] || return 0
+   else # the folders are maybe those of another machine
+      submits && [[ $RAY_ADDRESS == http://127.0.0.1:* ]] || return 0
+   fi
+   [ -e "$1" ] || [ -e "$2" ] ||
       fail "$1 is not there: run run_sft.sh first, or set SFT_DIR to the checkpoint that GRPO starts from"
 }
 

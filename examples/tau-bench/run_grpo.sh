@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stage 3: GRPO with the shaped reward, from the SFT checkpoint. Edit the paths (absolute ones: a Ray job runs in
-# another folder) and the arrays.
+# another folder) and the arrays; flags given here go to train.py as its last ones (--lr 1e-5).
 #   export GEMINI_API_KEY=... && bash examples/tau-bench/run_grpo.sh     slime, 2 GPUs; the customer is an LLM
 #   CHECK=1 bash examples/tau-bench/run_grpo.sh                          only check the command; PRINT=1 prints it
 #   DOMAIN=retail bash examples/tau-bench/run_grpo.sh                    or airline
@@ -21,6 +21,7 @@ model_args
 whole_number ROLLOUT_BATCH "$ROLLOUT_BATCH" NUM_ROLLOUT "${NUM_ROLLOUT:-1}" SAVE_INTERVAL "${SAVE_INTERVAL:-1}" \
    EVAL_INTERVAL "${EVAL_INTERVAL:-1}" RESPONSE_LEN "${RESPONSE_LEN:-1}" CONTEXT_LEN "${CONTEXT_LEN:-1}"
 need_ray
+need_model
 need_start "$SFT_DIR" "$RL_DIR"
 
 # The start is --ref-load, the newest SFT checkpoint (another one: --ref-ckpt-step N). An iteration folder as --load
@@ -106,4 +107,4 @@ MISC_ARGS=(
 
 [ "${PRINT:-0}" = 1 ] || write_tasks
 launch "${MODEL_ARGS[@]}" "${CKPT_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${EVAL_ARGS[@]}" "${GRPO_ARGS[@]}" \
-   "${OPTIMIZER_ARGS[@]}" "${PERF_ARGS[@]}" "${MISC_ARGS[@]}"
+   "${OPTIMIZER_ARGS[@]}" "${PERF_ARGS[@]}" "${MISC_ARGS[@]}" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stage 2: SFT on teacher traces. Edit the paths (absolute ones: a Ray job runs in
-# another folder) and the arrays.
+# another folder) and the arrays; flags given here go to train.py as its last ones (--lr 1e-5).
 #   bash examples/tau-bench/run_sft.sh                slime, 2 GPUs
 #   CHECK=1 bash examples/tau-bench/run_sft.sh        only check the command; PRINT=1 prints it
 #   python -m slime_local.smollm2 --out runs/SmolLM2-135M-Instruct      on this machine, with a small model:
@@ -20,6 +20,7 @@ TRACES=${TRACES:-$DATA_DIR/${DOMAIN}_teacher_traces.jsonl}
 model_args
 whole_number NUM_ROLLOUT "${NUM_ROLLOUT:-1}" SAVE_INTERVAL "${SAVE_INTERVAL:-1}"
 need_ray
+need_model
 
 # --save needs --save-interval: Megatron's parser ends without it. --load is this run's own folder, so that the same
 # command continues an interrupted run; while it is empty, the weights come from --ref-load.
@@ -93,4 +94,4 @@ else
    write_tasks
    "$PYTHON" "$EXAMPLE/teacher_traces.py" "${TRACES_ARGS[@]}"
 fi
-launch "${MODEL_ARGS[@]}" "${CKPT_ARGS[@]}" "${SFT_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${PERF_ARGS[@]}" "${MISC_ARGS[@]}"
+launch "${MODEL_ARGS[@]}" "${CKPT_ARGS[@]}" "${SFT_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${PERF_ARGS[@]}" "${MISC_ARGS[@]}" "$@"
