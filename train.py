@@ -17,7 +17,7 @@ from pathlib import Path
 
 from slime_local.checks import check
 from slime_local.errors import UsageError, os_error_line
-from slime_local.flags import parse_args
+from slime_local.flags import doubtful_config_keys, parse_args
 from slime_local.lasting import lasting
 
 
@@ -87,6 +87,9 @@ def report(args: argparse.Namespace, host: str) -> None:
     """What will run, and which flags have no meaning here: one line each."""
     if args.ignored_flags:
         print(f"ignored on one machine: {' '.join(args.ignored_flags)}", flush=True)
+    for key, flag in doubtful_config_keys(args):
+        where = f"warning: --custom-config-path {args.custom_config_path}"
+        print(f"{where}: {key} is no argument of slime: did you mean {flag}? Plug-ins alone see it", file=sys.stderr)
     samples = args.rollout_batch_size * args.n_samples_per_prompt
     length = f"{args.num_rollout} rollouts" if args.num_rollout is not None else f"{args.num_epoch} epochs, rollouts"
     print(

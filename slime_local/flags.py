@@ -566,6 +566,17 @@ def _apply_custom_config(args: argparse.Namespace, host: str) -> None:
         setattr(args, key, value)
 
 
+def doubtful_config_keys(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(key, flag) of each key of the --custom-config-path YAML that is nearly a flag's name and none: a mistake, or a
+    plug-in's own key."""
+    if not args.custom_config_path:
+        return []
+    known = {flag.dest for flag in load_flags()}
+    unknown = [key for key in _read_yaml("--custom-config-path", args.custom_config_path) if key not in known]
+    near = [(key, difflib.get_close_matches(key, known, n=1, cutoff=0.85)) for key in unknown]
+    return [(key, found[0]) for key, found in near if found]
+
+
 def _wrong_value(flag: Flag, value: Any, host: str) -> str | None:
     """What is wrong with a YAML's value for a flag, in the words of the command line."""
     if flag.name in HONOURED and not _fits(flag, value):

@@ -12,14 +12,14 @@ import token_agent
 from generate_with_tau import check_args, generate, redraws_ids
 from http_client import close_session
 from openai_tool_adapter import ChatTemplate, load_chat_template
-from slime_local.flags import EvalDataset
+from slime_local.flags import EvalDataset, load_flags
 from slime_local.rollout import _eval_samples
 from slime_local.sample import Sample
 from tau2_domains import issue_type, load_tasks
 from tau2_episode import EpisodeConfig, run_episode
 from tau2_errors import BadInput
 from tau2_mock import make_rows, write_jsonl
-from tau2_settings import Settings, read_settings
+from tau2_settings import NAMES, Settings, read_settings
 from tau2_users import ScriptedCustomer
 from token_agent import TokenAgent, TokenLimits
 
@@ -346,6 +346,14 @@ def test_settings_are_taken_as_yaml_gives_them():
     assert (found.retries, found.generate_timeout, found.redraw_ids) == (2, 60.0, 1.0)
     assert (found.user_args, found.curriculum_start, found.max_steps) == ({}, ("a",), 200)
     assert read_settings(type("Args", (), {})()) == Settings()
+
+
+@pytest.mark.parametrize("name", ["redraw_ids", "tau2_redraw_id", "user"])
+def test_a_setting_that_is_misspelt_is_refused_with_the_likely_one(name):
+    right = "tau2_user" if name == "user" else "tau2_redraw_ids"
+    with pytest.raises(BadInput, match=rf"{name}\b.*[Dd]id you mean {right}\?"):
+        read_settings(SimpleNamespace(**{name: 0.5}))
+    assert not {flag.dest for flag in load_flags()} & set(NAMES), "a flag of slime would be taken for a bare setting"
 
 
 async def test_a_customer_that_hangs_up_at_once_has_failed_and_the_input_has_not(args, model, monkeypatch):

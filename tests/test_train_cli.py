@@ -173,6 +173,14 @@ def test_a_plug_in_may_check_the_args(folder, tiny_model_dir):
     )
 
 
+def test_a_key_that_is_nearly_an_argument_is_named(folder, tiny_model_dir):
+    (folder / "c.yaml").write_text("rollout_temprature: 0.5\nmy_own_key: 1\n")
+    words = grpo_command(tiny_model_dir, "--custom-config-path", "c.yaml")
+    done = train(folder, "--host", "local", "--check-only", *words)
+    assert done.returncode == 0 and "rollout_temprature is no argument of slime: did you mean" in done.stderr
+    assert "my_own_key" not in done.stderr
+
+
 def test_a_busy_port_and_too_little_memory(folder, tiny_model_dir, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

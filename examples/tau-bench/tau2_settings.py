@@ -8,6 +8,7 @@ number may be written as text (YAML reads 1e-3 as one), and a key without a valu
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Callable
@@ -53,8 +54,13 @@ def read_settings(args: Any) -> Settings:
     the host that no setting makes usable."""
     names = [name for name in vars(args) if name.startswith(PREFIX)]
     if unknown := [name for name in names if name.removeprefix(PREFIX) not in NAMES]:
-        known = ", ".join(PREFIX + name for name in NAMES)
-        raise BadInput(f"unknown setting(s) {', '.join(unknown)}; the plug-ins know: {known}")
+        known = [PREFIX + name for name in NAMES]
+        likely = [*difflib.get_close_matches(unknown[0], known, n=1)]
+        meant = f"did you mean {likely[0]}? " if likely else ""
+        raise BadInput(f"unknown setting(s) {', '.join(unknown)}; {meant}The plug-ins know: {', '.join(known)}")
+    # No flag of slime has the name of a setting, so such an attribute is a key of the YAML.
+    if bare := [name for name in NAMES if name in vars(args)]:
+        raise BadInput(f"{bare[0]} in --custom-config-path sets nothing: did you mean {PREFIX}{bare[0]}?")
     if getattr(args, "partial_rollout", False):
         raise BadInput("--partial-rollout cannot be used: an episode cannot go on in another environment")
     return Settings(**{name: setting(args, name) for name in NAMES})
