@@ -128,7 +128,7 @@ def write_result(
     question: str,
     sides: dict[str, Sequence[float] | float],
     *,
-    folder: Path,
+    folder: Path | None,
     unit: str = "s",
     ratio: Spread | None = None,
     value: float | Spread | None = None,
@@ -138,7 +138,7 @@ def write_result(
     packages: Sequence[str] = (),
     details: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes `folder`/NAME.json in one piece, prints its line, and returns it.
+    """Writes `folder`/NAME.json in one piece (None: writes nothing), prints its line, and returns it.
 
     `sides` maps each side to its measured values (their median and quartiles are kept) or to one value, in `unit`.
     `ratio`, or else `value` (in `unit`), is compared with `target`: reached when at least (`at_most`: at most) that.
@@ -163,7 +163,8 @@ def write_result(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "details": details or {},
     }
-    write_json(folder / f"{name}.json", result)
+    if folder is not None:
+        write_json(folder / f"{name}.json", result)
     print(line(result), flush=True)
     return result
 

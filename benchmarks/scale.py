@@ -1,7 +1,8 @@
 """A GRPO rollout over N engines, simulated: how long it takes, what holds it up, what to set for 2, 8 and 64 GPUs.
 
     python benchmarks/scale.py --gpus 2 8 64     # the table behind the README's advice
-    python benchmarks/scale.py --check           # simulated beside measured: 16 episodes on a stand-in engine here
+    python benchmarks/scale.py --check           # simulated beside measured: 16 episodes on a stand-in engine here;
+                                                 # recorded only with --results DIR
     python benchmarks/scale.py --growth          # episodes, group size and context, each doubled
     python benchmarks/scale.py --record          # writes scale_episodes.json: the teacher's dialogues in tokens
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import sys
 import time
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import simpy
-from common import parser, smollm2_dir, spread, write_json, write_result
+from common import RESULTS, parser, smollm2_dir, spread, write_json, write_result
 
 EPISODES = Path(__file__).with_name("scale_episodes.json")
 CHECK_TARGET = 1.2  # the longer of simulated and measured over the shorter
@@ -515,6 +517,11 @@ def check(args: argparse.Namespace) -> bool:
         quick=args.quick,
         folder=args.results,
     )
+    if args.results is None:
+        print("not recorded: --results DIR does")
+    if not result["reached"]:
+        load, cores = os.getloadavg()[0], result["machine"]["cores"]
+        print(f"load average {load:.1f} on {cores} cores: the measured side is slower where others use them")
     return bool(result["reached"])
 
 
@@ -612,13 +619,15 @@ def report_advice(args: argparse.Namespace) -> None:
 def main() -> int:
     made = parser(__doc__)
     made.add_argument("--gpus", type=int, nargs="+", help="print the table for so many GPUs")
-    made.add_argument("--check", action="store_true", help="simulated beside measured")
+    made.add_argument("--check", action="store_true", help="simulated beside measured; recorded only with --results")
     made.add_argument("--growth", action="store_true", help="the cost as one thing is doubled")
     made.add_argument("--record", action="store_true", help="record the teacher's dialogues again")
+    made.set_defaults(results=None)
     args = made.parse_args()
     if args.record:
         record()
     every = not (args.gpus or args.check or args.growth or args.record)
+    args.results = args.results or (None if args.check else RESULTS)
     args.gpus = args.gpus or ([2, 8] if args.quick else [2, 8, 64]) * every
     if args.gpus:
         report_advice(args)

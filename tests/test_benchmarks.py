@@ -222,3 +222,18 @@ async def test_the_stand_in_engine_decodes_together():
     await asyncio.gather(engine.ask(0, 3, 10), engine.ask(0, 5, 20))
     decoding.cancel()
     assert contexts == [30, 32, 34, 23, 24]
+
+
+def test_a_check_of_scale_records_nothing_unless_told_where(tmp_path, monkeypatch, capsys):
+    async def slow(episodes):
+        return 1e6  # a machine that others use
+
+    recorded = (ROOT / "benchmarks/results/scale-check.json").read_text()
+    monkeypatch.setattr(scale, "measured_seconds", slow)
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--check"])
+    assert scale.main() == 1
+    said = capsys.readouterr().out
+    assert "not recorded: --results DIR does" in said and "load average " in said
+    assert (ROOT / "benchmarks/results/scale-check.json").read_text() == recorded
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--check", "--results", str(tmp_path)])
+    assert scale.main() == 1 and (tmp_path / "scale-check.json").exists()
