@@ -39,6 +39,7 @@ import summarize
 import tau2_mock
 import tau2_moods
 import tau2_results
+import tau2_teacher
 import teacher_traces
 import token_agent
 import train
@@ -772,6 +773,7 @@ MAINS = {
     "sensitivity.py": (sensitivity.main, ["--output-dir", "."]),
     "partial_credit.py": (partial_credit.main, []),
     "summarize.py": (summarize.main, []),
+    "tau2_teacher.py": (tau2_teacher.main, []),
     "slime_local.server": (server.main, []),
     "slime_local.smollm2": (smollm2.main, []),
 }
@@ -834,6 +836,11 @@ WRONG_COMMANDS = [
     ("train.py", "--custom-rm-path nothere.reward", "no module nothere; add its folder to PYTHONPATH"),
     ("train.py", "--custom-rm-path operator.nothing", "has no function nothing"),
     ("train.py", "--custom-rm-path reward", "give module.function"),
+    (
+        "train.py",
+        "--custom-rm-path generate_with_tau.generate --custom-config-path bare.yaml",
+        "mean tau2_redraw_ids?",
+    ),
     ("train.py", "--custom-rm-path generate_with_tau.generate --custom-config-path tau.yaml", "setting(s) tau2_promt"),
     (
         "train.py",
@@ -924,7 +931,9 @@ WRONG_COMMANDS = [
         "greedy episodes: give --temperature or --redraw-ids\n",
     ),
     ("partial_credit.py", "nowhere", "nowhere does not exist: give a folder of rollouts"),
-    ("summarize.py", "", "--run-dir"),
+    ("summarize.py", "", "error: the following arguments are required: --run-dir (--help lists them)"),
+    ("tau2_teacher.py", "--stlye checks", "--stlye checks; did you mean --style? (--help lists them)"),
+    ("tau2_mock.py", "--seeed 1", "unrecognized arguments: --seeed 1; did you mean --seed?"),
     ("summarize.py", "--run-dir nowhere", "run run_local.sh first"),
     ("summarize.py", "--run-dir odd-summary", "remove it and evaluate again"),
     ("slime_local.server", "", "--model-path"),
@@ -978,6 +987,7 @@ def workshop(tmp_path_factory) -> Path:
         "list.yaml": "- a\n",
         "type.yaml": "rollout_batch_size: many\n",
         "tau.yaml": "tau2_promt: short\n",
+        "bare.yaml": "redraw_ids: 0.5\n",
         "retries.yaml": "tau2_retries: 1k\n",
         "timeout.yaml": "tau2_generate_timeout: 5m\n",
     }

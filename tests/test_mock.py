@@ -194,3 +194,18 @@ def test_a_mix_of_what_does_not_exist_is_refused(tmp_path, capsys):
     assert tau2_mock.main(["--local_dir", str(tmp_path), "--splits", "train", "--mix", "bills=1"]) == 2
     assert "no task is of the kind 'bills'; they are: airplane_mode_on, " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--local_dir", "/proc/nowhere"], "error: cannot write in /proc/nowhere: "),
+        (["--local_dir", "/proc"], "error: cannot write in /proc: "),
+        (["--local_dir", "x", "--domain", "retail", "--splits", "pool"], "error: the split 'pool' exists for"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_tau2_loads(flags, said, monkeypatch, capsys):
+    monkeypatch.setattr(tau2_mock, "load_tasks", None)
+    monkeypatch.setattr(tau2_mock, "load_split_ids", {"telecom": {"train": [], "test": []}}.__getitem__)
+    assert tau2_mock.main(flags) == 2
+    assert capsys.readouterr().err.startswith(said)

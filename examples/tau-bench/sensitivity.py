@@ -23,6 +23,7 @@ from model_server import running_server
 from tau2_compare import compare, p_value
 from tau2_errors import BadInput
 from tau2_moods import CHOICES, MOODS
+from tau2_parser import ArgumentParser
 from tau2_results import read_result, write_json
 
 PLAIN = MOODS[0]
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our flags, and those of evaluate_tau2.py."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="sensitivity.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
         epilog="All other flags are those of evaluate_tau2.py run.",
     )  # fmt: skip

@@ -9,7 +9,6 @@ numbers and ids drawn anew) and RUN_DIR/minutes.tsv, and writes RUN_DIR/summary.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tau2_errors import BadInput
+from tau2_parser import ArgumentParser
 from tau2_results import read_result, write_json
 
 STAGES = ("base", "sft", "rft", "grpo", "redrawn")
@@ -153,7 +153,7 @@ def print_report(result: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of run_local.sh")
     args = parser.parse_args(argv)
     try:

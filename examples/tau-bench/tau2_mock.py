@@ -36,6 +36,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -45,6 +46,7 @@ from atomic_file import write_atomically
 from tau2_domains import SPLIT_FOLDERS, is_telecom, issue_type, load_split_ids, load_tasks, task_type, tasks_by_id
 from tau2_errors import BadInput
 from tau2_metrics import sub_issues
+from tau2_parser import ArgumentParser
 
 MOST = 1_000_000  # what is counted on the command line
 POOL = "pool"
@@ -147,6 +149,16 @@ def check_folder(folder: Path) -> None:
         raise BadInput(f"{nearest} is a file, not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise BadInput(f"no permission to write in {nearest}")
+
+
+def try_folder(folder: Path) -> None:
+    """Makes it and a passing file in it: permissions do not tell of every file system. Raises BadInput."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write in {folder}: {error.strerror or error}") from error
 
 
 def check_file(path: Path) -> None:
@@ -270,9 +282,9 @@ def no_pool(domain: str) -> str:
 
 def check_splits(domain: str, splits: list[str]) -> None:
     """Raises BadInput on an unknown domain or split, before anything is written."""
-    valid = [*load_split_ids(domain), *([POOL] if domain == POOL_DOMAIN else [])]
-    if POOL in splits and POOL not in valid:
+    if POOL in splits and domain in SPLIT_FOLDERS and domain != POOL_DOMAIN:  # told before tau2 loads
         raise BadInput(no_pool(domain))
+    valid = [*load_split_ids(domain), *([POOL] if domain == POOL_DOMAIN else [])]
     unknown = [split for split in splits if split not in valid]
     if unknown:
         raise BadInput(f"unknown split {unknown[0]!r} of domain {domain!r}; choose from: {', '.join(valid)}")
@@ -302,7 +314,7 @@ def positive(text: str) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write tau2-bench's tasks as JSONL prompt files for slime.")
+    parser = ArgumentParser(description="Write tau2-bench's tasks as JSONL prompt files for slime.")
     parser.add_argument("--local_dir", "--local-dir", type=Path, required=True, help="folder that the files go to")
     parser.add_argument("--domain", default=POOL_DOMAIN, help="tau2 domain (default: telecom)")
     parser.add_argument("--splits", nargs="+", default=["train", "test"], help="tau2 splits, or pool (telecom only)")
@@ -338,6 +350,7 @@ def make_files(args: argparse.Namespace) -> dict[Path, list[dict]]:
     check_splits(args.domain, args.splits)
     if args.mix is not None and not is_telecom(args.domain):
         raise BadInput("--mix draws telecom's issue types only")
+    try_folder(args.local_dir)
     files = {}
     for split in args.splits:
         rows, name = make_rows(args.domain, split, tasks_of(args.domain, split, args.min_distance)), split

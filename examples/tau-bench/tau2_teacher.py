@@ -25,6 +25,7 @@ from tau2_domains import load_tasks
 from tau2_episode import AgentToolCall, AgentTurn, Episode, EpisodeConfig, run_episode
 from tau2_errors import BadInput
 from tau2_moods import CHOICES
+from tau2_parser import ArgumentParser
 
 TODAY = "2025-02-25"  # the policy's current date
 HANDOVER = "YOU ARE BEING TRANSFERRED TO A HUMAN AGENT. PLEASE HOLD ON."
@@ -455,7 +456,7 @@ def transcript(episode: Episode) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--split", default="test")
     parser.add_argument("--agent", choices=sorted(AGENTS), default="teacher")
     parser.add_argument("--style", choices=STYLES, default="checks", help="how the teacher asks")
