@@ -252,3 +252,12 @@ def wait_until(true, seconds=20):
     while not true():
         assert time.monotonic() < until, "it never came"
         time.sleep(0.02)
+
+
+def test_the_hint_of_torch_install_is_for_those_who_did_not_set_it():
+    install = "root=.; step() { echo $*; }; pip_install() { :; }; lock_fits() { true; }; command() { false; }"
+    install += "; torch_install=x; eval \"$(sed -n '/^install_all()/,/^}/p' scripts/setup_env.sh)\"; install_all"
+    for given, hinted in (("", True), ("torch", False)):
+        environment = os.environ | {"TORCH_INSTALL": given}
+        done = subprocess.run(["bash", "-ec", install], env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and ("says how to avoid them" in done.stdout) is hinted, done.stderr
