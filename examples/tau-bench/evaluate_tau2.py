@@ -72,6 +72,7 @@ from tau2_episode import (
 from tau2_errors import BadInput
 from tau2_llm_customer import recorded_args
 from tau2_metrics import behaviour, breakdowns, by_task, metrics, task_means
+from tau2_parser import ArgumentParser
 from tau2_results import ROWS_FORMAT, RowsFile, check_output, read_result, rows_path, tau2_results, write_json
 from tau2_reward_shaping import partial_score
 from tau2_teacher import AGENTS, AlwaysTransfer
@@ -84,7 +85,7 @@ MOST = {"num_trials": 10_000, "sglang_port": 65535}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog="other commands: compare A.json B.json, report A.json --output FILE, rescore A.json; each has --help",
     )
@@ -609,7 +610,7 @@ def versions() -> dict[str, str | None]:
 
 
 def rescore_command(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="evaluate_tau2.py rescore", description="Grade recorded episodes again.")
+    parser = ArgumentParser(prog="evaluate_tau2.py rescore", description="Grade recorded episodes again.")
     parser.add_argument("result", help="OUTPUT.json of an evaluation")
     parser.add_argument("--output-path", help="where the new result goes (default: it is only shown)")
     args = parser.parse_args(argv)

@@ -18,6 +18,7 @@ from typing import Any
 
 from tau2_errors import BadInput
 from tau2_metrics import Difference, episode_key, flips, paired_difference
+from tau2_parser import ArgumentParser
 from tau2_results import check_output, read_result, write_json
 
 # Settings that belong to the benchmark and not to the model.
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluate_tau2.py compare", description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(prog="evaluate_tau2.py compare", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "results", nargs="+", metavar="RESULT", help="OUTPUT.json of evaluations, the first to compare with"
     )

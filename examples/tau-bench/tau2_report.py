@@ -35,6 +35,7 @@ import tau2_charts as charts
 from atomic_file import write_atomically
 from tau2_compare import NAMES, compare, p_value
 from tau2_errors import BadInput
+from tau2_parser import ArgumentParser
 from tau2_results import check_output
 
 FOLDER = Path(__file__).parent / "report"
@@ -53,7 +54,7 @@ END_REASON_KEY = "rollout/stop/"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("results", nargs="+", type=Path, metavar="RESULT.json", help="what evaluate_tau2.py wrote")
     add("--labels", nargs="+", help="a name per result (default: the file's, without eval_)")

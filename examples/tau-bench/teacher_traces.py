@@ -69,6 +69,7 @@ from tau2_mock import (
     training_bar,
     write_jsonl,
 )
+from tau2_parser import ArgumentParser
 from tau2_teacher import STYLES, WORDINGS, ScriptedTeacher
 from tau2_users import has_model
 
@@ -586,9 +587,7 @@ def wordings(text: str) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Write SFT rows from solved teacher episodes or from the hub data set."
-    )
+    parser = ArgumentParser(description="Write SFT rows from solved teacher episodes or from the hub data set.")
     add = parser.add_argument
     add("--local_dir", "--local-dir", type=Path, required=True, help="folder with the task files, and for the rows")
     add("--output", type=Path, help="file for the rows (default: LOCAL_DIR/[DOMAIN_]teacher_traces.jsonl)")
