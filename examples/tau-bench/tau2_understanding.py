@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from tau2_conditions import name_it, spelled_out, split
 from tau2_sections import NEW_ACT, plain, sections
@@ -296,10 +297,15 @@ def parse(text: str, said: Sequence[str] = ()) -> list[Request]:
 
     said: the customer's last statements, which "it" may stand for where the message itself names nothing.
     """
+    return [replace(request) for request in _parse(_spoken(text)[:LONGEST_HEARD], tuple(said))]
+
+
+@lru_cache(maxsize=1024)  # an agent says the same in many episodes
+def _parse(text: str, said: tuple[str, ...]) -> tuple[Request, ...]:
     found: list[Request] = []
     verb = ""
     heard, listed = _Heard(said=_said(said)), []
-    for section in sections(_spoken(text)[:LONGEST_HEARD]):
+    for section in sections(text):
         if heading := _mentions(section.heading, section.heading):
             inside = _Heard(heading=heading, offered=heard.offered)
             found += _read_section(section.text, inside)
@@ -311,7 +317,7 @@ def parse(text: str, said: Sequence[str] = ()) -> list[Request]:
             listed = []
             found += _read_section(section.text, heard)
             verb = heard.verb  # which a list of things takes up
-    return _merged(found)
+    return tuple(_merged(found))
 
 
 def _said(parts: Sequence[str]) -> list[_Mention]:
