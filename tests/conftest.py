@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "tau-bench"
@@ -31,6 +32,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     dict.fromkeys([str(ROOT), str(EXAMPLE), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
 )
+
+settings.register_profile("here", deadline=None)  # a machine that is busy for a moment is no defect
+settings.load_profile("here")
 
 TINY_ARGS = (
     "--swiglu --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention "

@@ -224,7 +224,7 @@ def test_hostile_text_holds_no_control_token(template):
     assert ids.count(template.end_id) == 3
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(texts=st.lists(WORDS, min_size=1, max_size=3))
 def test_following_equals_the_tail_of_a_full_render(template, texts):
     new = _results(*texts)

@@ -714,7 +714,6 @@ def fuzz(fuzzer: Fuzzer, cases: int) -> int:
     @settings(
         max_examples=cases,
         database=None,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
     )

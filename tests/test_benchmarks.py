@@ -150,7 +150,7 @@ def test_the_same_seed_gives_the_same_rollout():
     assert run(SMALL).result["seconds"] != run(replace(SMALL, seed=1)).result["seconds"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     engines=st.integers(1, 4),
     groups=st.integers(1, 4),

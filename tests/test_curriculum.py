@@ -174,7 +174,7 @@ def test_what_broke_is_no_outcome_and_old_outcomes_are_forgotten(make_args):
     assert {len(outcomes) for outcomes in source.outcomes.values()} == {8}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 8), st.integers(0, 7), st.integers(1, 5))
 def test_a_resumed_source_draws_what_an_undisturbed_one_does(make_args, rollouts, cut, count):
     whole, first, second = (CurriculumDataSource(make_args()) for _ in range(3))

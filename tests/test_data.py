@@ -141,7 +141,7 @@ def test_shuffling_gives_slimes_order(tmp_path):
         assert seen == order
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     rows=st.integers(1, 7),
     takes=st.lists(st.integers(1, 9), min_size=1, max_size=8),

@@ -97,7 +97,7 @@ async def test_log_probs_over_turns_equal_a_full_forward(model, engine):
     await asyncio.gather(*(episode(100 * n) for n in range(1, 5)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=40), min_size=1, max_size=12))
 def test_any_batch_is_exact(model, tokenizer, prompts):
     """More prompts than slots, shared prefixes, any lengths: each answer is what a full forward says."""

@@ -250,7 +250,8 @@ def test_rows_of_another_version_of_the_customer_are_refused(evaluate, capsys, m
 def test_episodes_of_another_customer_than_the_settings_name_are_refused(evaluate, capsys):
     assert evaluate("--num-tasks", "2", agent="always-transfer")[0] == 0
     first, *rows = evaluate.rows.read_text().splitlines(keepends=True)
-    there = "".join([first, *(row.replace('"version": "2"', '"version": "1"') for row in rows)])
+    version = f'"version": "{tau2_users.SCRIPTED_VERSION}"'
+    there = "".join([first, *(row.replace(version, '"version": "1"') for row in rows)])
     evaluate.rows.write_text(there)
     assert evaluate("--num-tasks", "4", agent="always-transfer")[0] == 2
     assert "had the customer" in capsys.readouterr().err and evaluate.rows.read_text() == there

@@ -29,7 +29,7 @@ def switched_on(monkeypatch):
 
 
 @needs_compiler
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(m=st.integers(0, 40), n_out=st.integers(1, 100), n_in=st.integers(1, 70), bias=st.booleans())
 def test_products_are_torchs(m, n_out, n_in, bias):
     x, weight = torch.randn(m, n_in), torch.randn(n_out, n_in)
@@ -46,7 +46,7 @@ needs_bf16 = pytest.mark.skipif(not has_bf16(), reason="this CPU multiplies no b
 
 
 @needs_bf16
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(m=st.integers(0, 40), n_out=st.integers(1, 100), n_in=st.integers(1, 70), bias=st.booleans())
 def test_products_in_bf16_round_what_goes_in_and_nothing_else(m, n_out, n_in, bias):
     x, weight = torch.randn(m, n_in), torch.randn(n_out, n_in)
@@ -98,7 +98,7 @@ def torch_threads(n):
 
 
 @needs_compiler
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=2), n=st.integers(1, 70), threads=st.integers(1, 3))
 def test_the_norm_and_its_gradients_are_torchs(shape, n, threads):
     x, weight = torch.randn(*shape, n + 5)[..., :n].requires_grad_(), torch.randn(n, requires_grad=True)
@@ -114,7 +114,7 @@ def test_the_norm_and_its_gradients_are_torchs(shape, n, threads):
 
 
 @needs_compiler
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=st.integers(0, 20), ffn=st.integers(1, 70), spread=st.sampled_from([1, 200]), threads=st.integers(1, 3))
 def test_the_gate_and_its_gradient_are_torchs(rows, ffn, spread, threads):
     gate_up, grad = torch.randn(rows, 2 * ffn) * spread, torch.randn(rows, ffn)
@@ -148,7 +148,7 @@ def reference_attention(q, k, v):
 
 
 @needs_compiler
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 80),
     before=st.integers(0, 70),
@@ -258,7 +258,7 @@ ANY_STEP |= {"family": st.sampled_from(FAMILIES)}
 
 
 @needs_compiler
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**ANY_STEP, group=st.integers(1, 4), dim=st.sampled_from([16, 48, 64, 80, 128]))
 def test_any_step_is_torchs(sequences, appends, spared, family, group, dim):
     if sequences or appends:
@@ -270,7 +270,7 @@ def test_any_step_is_torchs(sequences, appends, spared, family, group, dim):
 
 
 @needs_bf16
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**ANY_STEP, dim=st.sampled_from([16, 48, 64, 128]))
 def test_any_step_in_bf16_is_near_torchs(sequences, appends, spared, family, dim):
     """Beside torch's layers, whose products round what comes out as well: bf16 has 8 bits."""
@@ -320,7 +320,7 @@ def test_new_weights_are_used(monkeypatch):
 
 
 @needs_compiler
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.sampled_from([1, 2, 255, 256, 257, 1000]),
     rows=st.lists(

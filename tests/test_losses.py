@@ -225,7 +225,7 @@ def test_normalised_advantages_have_mean_0_and_variance_1_over_the_loss(folder):
     assert kept.var().item() == pytest.approx(1, abs=1e-4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=20), st.integers(1, 60))
 def test_packing_keeps_every_sample_once_and_under_the_limit(sequences, limit):
     """Of tokens that are computed: a prefix that samples share counts once."""

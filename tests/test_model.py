@@ -62,7 +62,7 @@ def test_hidden_states_and_gradients_equal_those_of_transformers(folder):
     torch.testing.assert_close(ours_grad, theirs.model.embed_tokens.weight.grad, atol=1e-3, rtol=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=6))
 def test_shared_prefixes_lose_nothing(sequences):
     lengths = [len(s) for s in sequences]
@@ -240,7 +240,7 @@ def test_the_small_models_epsilon_is_the_one_of_its_model_args(smol_dir):
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=8).map(sorted)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sequences=SEQUENCES, spared=st.sampled_from([1, 3, 100]), group=st.sampled_from([1, 3]))
 def test_attention_over_shared_prefixes_is_plain_attention(sequences, spared, group):
     """Whatever is shared, every row attends over all of its positions once, and over nothing else."""

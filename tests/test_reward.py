@@ -8,7 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tau2_checks
@@ -191,7 +191,6 @@ SIDES = st.sampled_from(["assistant", "user"])
 CALLS = st.lists(st.tuples(NAMES, st.integers(0, 1), st.booleans()), max_size=3)
 
 
-@settings(deadline=None)  # the first example imports tau2
 @given(
     st.lists(st.tuples(SIDES, CALLS), max_size=8),
     st.lists(st.tuples(NAMES, SIDES, st.integers(0, 1)), max_size=6),

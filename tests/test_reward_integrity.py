@@ -247,7 +247,7 @@ class Mixture:
         return await (self.adversary if bad else self.teacher).act(new_messages)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.sampled_from(TASKS), st.lists(st.booleans(), max_size=6), st.sampled_from([TogglesBackAndForth, DoesEveryWrite])
 )

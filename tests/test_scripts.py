@@ -211,9 +211,9 @@ def test_a_command_ends_with_its_script(settings, number, tmp_path):
     environment = os.environ | {"HOST": "local", "PYTHON": str(fake), "SLEEPS": str(fake), "PID_FILE": str(pid_file)}
     environment |= {"CHECKPOINT": "x", "RUN_DIR": str(tmp_path), "CHECK": str(int("CHECK=1" in settings))}
     command = ["bash", settings] if settings.endswith("run_eval.sh") else ["bash", "-c", settings]
-    shell = subprocess.Popen(
-        command, env=environment, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True
-    )
+    known = {"env": environment, "cwd": ROOT, "start_new_session": True, "stdout": subprocess.PIPE, "text": True}
+    # What runs the tests may ignore INT, as what a shell puts in the background does, and children inherit that.
+    shell = subprocess.Popen(command, **known, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_until(lambda: pid_file.exists() and pid_file.read_text().endswith("\n"))
     (os.kill if number == signal.SIGTERM else os.killpg)(shell.pid, number)
     assert shell.communicate(timeout=20)[0] == "" and shell.returncode in (-number, 128 + number)
