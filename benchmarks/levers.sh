@@ -5,14 +5,14 @@
 #   SEED=1 bash benchmarks/levers.sh grpo shuffled       these arms
 # SFT:  sft wordings slips           one round of RFT from sft:  rft keep_mistakes teacher, and the rft arm under
 # each mood of the customer, greedy:  rft moods
-# GRPO from sft:  grpo own_ids shuffled handovers unfiltered curriculum two_steps half_rate groups_of_8 no_std tis kl
+# GRPO from sft:  grpo own_ids shuffled handovers unfiltered curriculum two_steps full_rate groups_of_8 no_std tis kl
 # penalty taught; with customers of all moods, beside sft under the same:  mixed
 # Results: $RUN_DIR/ARM/eval.json, with names, numbers and ids drawn anew eval_new.json where that is the question. Run
 # it again after an interruption and it goes on where it was.
 set -euo pipefail
 
 ALL=(sft rft keep_mistakes teacher wordings slips moods
-   grpo own_ids shuffled handovers unfiltered curriculum two_steps half_rate groups_of_8 no_std tis kl penalty taught mixed)
+   grpo own_ids shuffled handovers unfiltered curriculum two_steps full_rate groups_of_8 no_std tis kl penalty taught mixed)
 [ $# -gt 0 ] || set -- "${ALL[@]}"
 ARMS=("$@")
 for arm in "${ARMS[@]}"; do
@@ -112,7 +112,7 @@ run_arm() {
             --mix "lock_sim_card_pin=1,$GRPO_MIX" --num-rows 72 --seed "$SEED"
          grpo_arm handovers "" --prompt-data "$RUN_DIR/handovers/telecom_train_mix_tasks.jsonl"
          ;;
-      half_rate) grpo_arm half_rate "" --lr 5e-5 ;;
+      full_rate) grpo_arm full_rate "" --lr 1e-4 ;;
       unfiltered)
          all_groups
          grpo_arm unfiltered ""
@@ -157,7 +157,7 @@ control() { # the arm that is the same but for the lever
    case $1 in
       keep_mistakes | teacher) echo rft ;;
       own_ids | shuffled | handovers | unfiltered | curriculum) echo grpo ;;
-      two_steps | half_rate | groups_of_8 | no_std | tis | kl | penalty | taught) echo grpo ;;
+      two_steps | full_rate | groups_of_8 | no_std | tis | kl | penalty | taught) echo grpo ;;
       mixed) echo mixed ;; # compared in its own arm
       *) echo sft ;;
    esac

@@ -102,7 +102,7 @@ bash() { :; }  # no set-up
 source benchmarks/levers.sh
 timed() { case $* in *" train.py "*) "$2" train.py --check-only "${@:4}" ;; *tau2_mock.py*) "${@:2}" ;; esac; }
 teach() { cp "$RUN_DIR/rows.jsonl" "$DATA_DIR/$1.jsonl"; }
-for arm in wordings teacher grpo own_ids shuffled handovers unfiltered curriculum two_steps half_rate groups_of_8 \\
+for arm in wordings teacher grpo own_ids shuffled handovers unfiltered curriculum two_steps full_rate groups_of_8 \\
    no_std tis kl penalty taught mixed; do
    (set -e; run_arm "$arm")
    echo "$arm is fine"

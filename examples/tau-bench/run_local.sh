@@ -7,6 +7,7 @@
 # RFT_ROUNDS=2 puts RFT between them: SFT on the model's own episodes, those it solved and those that the teacher mended.
 # KL=0.1 holds GRPO to the model that it starts from; with SFT_ROLLOUTS=70 GRPO_ROLLOUTS=18 GRPO does the larger part.
 # MOOD=mixed KL=0.1 GRPO_ROLLOUTS=9 trains on and with customers of all moods, terse ones and such as misread a setting.
+# (Both were measured with GRPO_LR=1e-4.)
 # Everything lands in $RUN_DIR; run it again after an interruption and it goes on where it was. A run with other settings
 # (SEED=1 ...) wants another RUN_DIR.
 set -euo pipefail
@@ -28,6 +29,7 @@ else
 fi
 RFT_ROUNDS=${RFT_ROUNDS:-0} # of RFT, between SFT and GRPO
 KL=${KL:-0} # coefficient of the KL term of GRPO
+GRPO_LR=${GRPO_LR:-5e-5} # at 1e-4 a run loses by chance what another gains; at 1e-5 nothing changes in so few steps
 MOOD=${MOOD:-plain} # of the customer in every stage: mixed, terse, ... (tau2_moods.py)
 DATA_DIR=$RUN_DIR/data
 MODEL_DIR=${MODEL_DIR:-runs/SmolLM2-135M-Instruct}
@@ -42,12 +44,14 @@ done
 for name in SEED RFT_ROUNDS; do
    [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || { echo "error: $name=${!name}: give a whole number" >&2 && exit 2; }
 done
-[[ $KL =~ ^[0-9]*\.?[0-9]+(e-?[0-9]+)?$ ]] || { echo "error: KL=$KL: give a number such as 0.1" >&2 && exit 2; }
+for name in KL GRPO_LR; do
+   [[ ${!name} =~ ^[0-9]*\.?[0-9]+(e-?[0-9]+)?$ ]] || { echo "error: $name=${!name}: give a number such as 0.1" >&2 && exit 2; }
+done
 moods="plain terse rambling misreads eager asks_back persona mixed" # CHOICES of tau2_moods.py
 [[ " $moods " == *" $MOOD "* ]] || { echo "error: MOOD=$MOOD: choose one of: ${moods// /, }" >&2 && exit 2; }
 [[ $QUICK =~ ^[01]$ ]] || { echo "error: QUICK=$QUICK: give 1, or 0 for the full run" >&2 && exit 2; }
 made_with="SEED=$SEED MOOD=$MOOD KL=$KL SFT_ROLLOUTS=$SFT_ROLLOUTS RFT_ROUNDS=$RFT_ROUNDS RFT_ROLLOUTS=$RFT_ROLLOUTS"
-made_with+=" GRPO_ROLLOUTS=$GRPO_ROLLOUTS GRPO_BATCH=$GRPO_BATCH EVAL_TASKS=$EVAL_TASKS CONTEXT=$CONTEXT"
+made_with+=" GRPO_ROLLOUTS=$GRPO_ROLLOUTS GRPO_BATCH=$GRPO_BATCH EVAL_TASKS=$EVAL_TASKS CONTEXT=$CONTEXT GRPO_LR=$GRPO_LR"
 before=$(cat "$RUN_DIR/made_with" 2>/dev/null || echo "$made_with")
 if [ "$before" != "$made_with" ] && [ "${BASH_SOURCE[0]}" = "$0" ]; then # its files would stand as this run's
    read -ra were <<<"$before" && read -ra are <<<"$made_with"
@@ -144,7 +148,7 @@ GRPO_ARGS=(
    --eps-clip 0.2
    --eps-clip-high 0.28
    --use-rollout-logprobs # the engine shares the model with the trainer: its log-probs are the same but for rounding
-   --lr 1e-4 # SFT's rate has fallen to 0; at 1e-5 nothing changes in so few steps
+   --lr "$GRPO_LR" # SFT's has fallen to 0
    --lr-decay-style constant
    --load "$GRPO_DIR"
    --save "$GRPO_DIR"
