@@ -142,7 +142,7 @@ def is_episode(sample: Any) -> bool:
 
 def is_own_episode(sample: Any) -> bool:
     """Whether it holds an episode that the model played: one of the teacher's is trained on and says nothing of it."""
-    return is_episode(sample) and not _record(sample).get("taught", False)
+    return is_episode(sample) and not _is_taught(sample)
 
 
 def _normalise(args: Any, samples: Sequence[Any], shaped: list[float]) -> list[float]:
@@ -173,6 +173,11 @@ def _groups(samples: Sequence[Any]) -> dict[Any, list[int]]:
 def _record(sample: Any) -> dict:
     """What generate_with_tau wrote about the episode."""
     return (sample.metadata or {}).get("tau2") or {}
+
+
+def _is_taught(sample: Any) -> bool:
+    """Whether the scripted teacher played it (tau2_demonstrations.py)."""
+    return bool(_record(sample).get("taught"))
 
 
 def _number(reward: Any) -> float:
@@ -381,8 +386,9 @@ def episode_metrics(args: Any, samples: Iterable[Any]) -> dict[str, float]:
     episodes with any), seconds/generation, seconds/customer, seconds/other; where the teacher played, taught (count)
     and taught/pass_rate.
     """
-    taught = [sample for sample in samples if _record(sample).get("taught")]
-    samples = [sample for sample in samples if not _record(sample).get("taught")]
+    everything = list(samples)
+    taught = [sample for sample in everything if _is_taught(sample)]
+    samples = [sample for sample in everything if not _is_taught(sample)]
     records = [_record(sample) for sample in samples]
     reasons = Counter(record.get("end_reason", "unknown") for record in records)
     metrics = {f"stop/{reason}": count / len(samples) for reason, count in sorted(reasons.items())}
