@@ -4,14 +4,15 @@
     python benchmarks/rollout.py --quick                            # 2 x 2 episodes
 
 Both sides are this repository's loop, plug-ins and engine, with the same seeds; the second empties a slot before every
-request and copies nothing from others: the samples of a group have much the same dialogue. Also says which share of a
-rollout passes outside the engine's steps.
+request and copies nothing from others: the samples of a group have much the same dialogue. Also says for which share
+of a rollout the engine waits: for episodes, which call tools, ask the customer, are built and graded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import threading
 import time
 from pathlib import Path
 
@@ -61,18 +62,25 @@ def rollout_flags(checkpoint: Path, side: int, context: int) -> list[str]:
 
 
 def rollout(command: list[str], reads_again: bool, outside: list[float] | None = None) -> Seconds:
-    """Seconds of the rollout in a run of the loop; `outside` gets the share outside the engine's steps, in %."""
+    """Seconds of the rollout in a run of the loop; `outside` gets the share in which its engine waits, in %."""
     from slime_local import engine, loop
     from slime_local.flags import parse_args
 
+    class ClockedCondition(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            began = time.perf_counter()
+            try:
+                return super().wait(timeout)
+            finally:
+                Clocked.waited += time.perf_counter() - began
+
     class Clocked(engine.Engine):
-        seconds = 0.0
+        waited = 0.0
         rollout_seconds = 0.0
 
-        def _step(self) -> None:
-            began = time.perf_counter()
-            super()._step()
-            Clocked.seconds += time.perf_counter() - began
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            self.lock = ClockedCondition()
 
         def _start(self, request, slot) -> None:
             if reads_again:
@@ -96,7 +104,7 @@ def rollout(command: list[str], reads_again: bool, outside: list[float] | None =
     finally:
         loop.Engine, engine.MIN_SHARED_PREFIX = original, least
     if outside is not None:
-        outside.append(100 * (1 - Clocked.seconds / Clocked.rollout_seconds))
+        outside.append(100 * Clocked.waited / Clocked.rollout_seconds)
     return Seconds(Clocked.rollout_seconds)
 
 

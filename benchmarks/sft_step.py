@@ -1,11 +1,11 @@
 """One SFT step, all parameters trained: slime_local's trainer beside TRL's SFTTrainer.
 
-    python benchmarks/sft_step.py            # SmolLM2-135M-Instruct, 4 dialogues of the scripted teacher a step
-    python benchmarks/sft_step.py --quick    # 2 dialogues
+    python benchmarks/sft_step.py            # SmolLM2-135M-Instruct, 8 dialogues of the scripted teacher a step, as
+                                             # run_sft.sh; --quick: 2
 
 Same model, dialogues, loss mask and fused AdamW, weights in fp32. TRL runs in whichever of fp32 and bf16 (autocast)
 this machine multiplies faster, and without gradient checkpointing, which is slower. Also says which share of that
-matrix rate our step reaches (the weights' products only, attention not counted).
+matrix rate our step reaches: products of the weights and of attention, what the dialogues share counted once.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import tempfile
 import time
 
 from common import Seconds, best_matrix_rate, measure, need, parser, ratio, share_of_rate, smollm2_dir, write_result
-from parts.telecom import dialogues, flags, huge_pages, product_flops
+from parts.telecom import dialogues, flags, huge_pages, kept_once, step_flops
 
 PEER = ("trl", "accelerate", "datasets")
 
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--dialogues", type=int, help="dialogues a step (4; --quick: 2)")
-    made.add_argument("--repeats", type=int, help="measured steps of each side (4; --quick: 2)")
+    made.add_argument("--dialogues", type=int, help="dialogues a step (8; --quick: 2)")
+    made.add_argument("--repeats", type=int, help="measured steps of each side (3; --quick: 2)")
     args = made.parse_args()
     need("trl", "trl (requirements/bench.txt)")
     huge_pages()
@@ -32,17 +32,18 @@ def main() -> None:
     ours, model = our_step(folder, data)
     rate, dtype = best_matrix_rate()
     sides = {"TRL": trl_step(folder, data, dtype == "bfloat16"), "ours": ours}
-    seconds = measure(sides, repeats=args.repeats or (2 if args.quick else 4))
+    seconds = measure(sides, repeats=args.repeats or (2 if args.quick else 3))
     tokens, loss_tokens = sum(len(ids) for ids, _ in data), sum(sum(mask) for _, mask in data)
     shared = {"quick": args.quick, "packages": PEER, "folder": args.results}
-    details = {"dialogues": count, "tokens": tokens, "loss_tokens": loss_tokens, "trl_dtype": dtype}
+    details = {"dialogues": count, "tokens": tokens, "tokens_kept_once": kept_once([ids for ids, _ in data])}
+    details |= {"loss_tokens": loss_tokens, "trl_dtype": dtype}
     rates = {side: [tokens / value for value in values] for side, values in seconds.items()}
     question = "SFT step, all parameters: tokens a second beside TRL's SFTTrainer"
     speedup = ratio(seconds, "TRL", "ours")
     write_result("sft-step", question, rates, unit="tokens/s", ratio=speedup, target=5, details=details, **shared)
-    flops = product_flops(model, tokens, loss_tokens)
+    flops = step_flops(model, [ids for ids, _ in data], loss_tokens, shared=True)
     share = share_of_rate(flops, seconds["ours"], rate)
-    details |= {"matrix_rate_tflops": rate, "product_flops": flops}
+    details |= {"matrix_rate_tflops": rate, "flops": flops}
     question = "SFT step: share of the machine's matrix rate"
     write_result(
         "sft-step-rate", question, {"ours": share.median}, unit="%", value=share, target=30, details=details, **shared

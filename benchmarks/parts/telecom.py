@@ -10,11 +10,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import EXAMPLE, ROOT
 
 from slime_local.data import load_tokenizer
 from slime_local.flags import parse_args
 from slime_local.masks import LossMasker
+from slime_local.prefixes import share_prefixes
 
 
 def dialogues(model_dir: Path, count: int, longest: bool = True) -> list[tuple[list[int], list[int]]]:
@@ -67,6 +69,26 @@ def product_flops(model, tokens: int, loss_tokens: int, passes: int = 3) -> int:
     layers = sum(p.numel() for name, p in model.named_parameters() if "layers" in name and p.dim() == 2)
     head = model.config.vocab_size * model.config.hidden_size
     return 2 * passes * (layers * tokens + head * loss_tokens)
+
+
+def step_flops(model, sequences: list[list[int]], loss_tokens: int, shared: bool) -> int:
+    """Of one training step: the products of the weights and of attention (queries with keys, weights with values),
+    forward and backward. `shared`: a prefix that sequences share is computed once, as our trainer does within a
+    micro-batch (of several it computes more than this)."""
+    config = model.config
+    pair = 2 * 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers  # a token and one it sees
+    positions = _positions(sequences) if shared else [i for ids in sequences for i in range(len(ids))]
+    return product_flops(model, len(positions), loss_tokens) + 3 * pair * sum(i + 1 for i in positions)
+
+
+def kept_once(sequences: list[list[int]]) -> int:
+    """Tokens of the sequences, those of a shared prefix counted once."""
+    return len(_positions(sequences))
+
+
+def _positions(sequences: list[list[int]]) -> list[int]:
+    tokens = torch.tensor([token for ids in sequences for token in ids])
+    return share_prefixes(tokens, [len(ids) for ids in sequences]).positions.tolist()
 
 
 def huge_pages() -> None:
