@@ -20,10 +20,9 @@ for arm in "${ARMS[@]}"; do
 done
 SEED=${SEED:-1}
 RUN_DIR=${RUN_DIR:-runs/levers$SEED}
-SFT_ROLLOUTS=${SFT_ROLLOUTS:-60} # fewer than run_local.sh's: what a lever does is seen where there is something to gain
-source "$(dirname "${BASH_SOURCE[0]}")/../examples/tau-bench/run_local.sh"
-
+SFT_ROLLOUTS=${SFT_ROLLOUTS:-60} # not more: what a lever does is seen where there is something to gain
 TRIALS=${TRIALS:-2} # of each test task
+source "$(dirname "${BASH_SOURCE[0]}")/../examples/tau-bench/run_local.sh"
 
 sample() { # sample ARM RESULT [FLAGS]: episodes of the arm's checkpoint on the test tasks, with the same seeds for each arm
    timed "eval_$1" "$PYTHON" examples/tau-bench/evaluate_tau2.py --checkpoint "$RUN_DIR/$1/hf" --output-path "$RUN_DIR/$1/$2" \

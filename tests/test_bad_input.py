@@ -958,6 +958,7 @@ WRONG_SCRIPTS = [
     ("run_eval.sh", {}, "set CHECKPOINT to the folder to evaluate"),
     ("run_eval.sh", {"CHECKPOINT": "x/iter_0000001"}, "set SLIME_DIR, or evaluate an HF folder"),
     ("run_local.sh", {"EVAL_TASKS": "all"}, "EVAL_TASKS=all: give a whole number above 0"),
+    ("run_local.sh", {"TRIALS": "0"}, "TRIALS=0: give a whole number above 0"),
     ("run_local.sh", {"PORT": "http"}, "PORT=http: give a whole number above 0"),
     ("run_local.sh", {"KL": "much"}, "KL=much: give a number"),
     ("run_local.sh", {"MOOD": "angry"}, f"MOOD=angry: choose one of: {', '.join(tau2_moods.CHOICES)}"),

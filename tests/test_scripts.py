@@ -178,8 +178,8 @@ def succeed(done):
 
 
 def test_a_run_folder_of_other_settings_is_refused(tmp_path):
-    rest = "SFT_ROLLOUTS=140 RFT_ROUNDS=0 RFT_ROLLOUTS=40 GRPO_ROLLOUTS=6 GRPO_BATCH=6 EVAL_TASKS=40 CONTEXT=1664"
-    rest += " GRPO_LR=5e-5"
+    rest = "SFT_ROLLOUTS=70 RFT_ROUNDS=0 RFT_ROLLOUTS=40 GRPO_ROLLOUTS=6 GRPO_BATCH=6 EVAL_TASKS=40 CONTEXT=1664"
+    rest += " GRPO_LR=5e-5 TRIALS=4"
     (tmp_path / "made_with").write_text(f"SEED=1 MOOD=plain KL=0.1 {rest}\n")
     done = run("run_local.sh", RUN_DIR=tmp_path)
     assert done.returncode == 2

@@ -144,8 +144,9 @@ def print_report(result: dict[str, Any], path: Path) -> None:
     print(f"floor (always transfer): {floor}   minutes in all: {result['minutes']}")
     print(f"customer: {json.dumps(result['customer'])}   prompt: {result['prompt']}")
     sampling = "greedy" if last.get("temperature") == 0 else f"temperature {last.get('temperature')}"
+    trials = f"{last['num_trials']} trials each, " if last.get("num_trials", 1) != 1 else ""
     print(
-        f"{last['total_tasks']} {last['domain']} {last['task_split']} tasks, {sampling}. "
+        f"{last['total_tasks']} {last['domain']} {last['task_split']} tasks, {trials}{sampling}. "
         f"Customer {result['customer'].get('kind')}, {result['prompt']} prompt: these numbers do not compare with "
         "published tau2 scores."
     )
