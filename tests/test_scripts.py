@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,18 @@ def test_the_check_names_what_is_missing(script, tmp_path):
     (tmp_path / "teacher_traces.jsonl").write_text('{"prompt": []}\n')
     done = run(script, CHECK=1, HF_DIR=tmp_path / "nothing", DATA_DIR=tmp_path)
     assert done.returncode == 2 and str(tmp_path / "nothing") in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("setting", ["CHECK", "HOST"])
+def test_in_a_slime_checkout_nothing_is_handed_to_its_train_py(setting, tmp_path):
+    """It would ignore --check-only and --host, and train."""
+    shutil.copytree(EXAMPLE, tmp_path / "examples/tau2-bench", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "scripts/models", tmp_path / "scripts/models")
+    (tmp_path / "train.py").write_text("raise SystemExit('trains')")
+    value = {"CHECK": 1, "HOST": "local"}[setting]
+    done = run(tmp_path / "examples/tau2-bench/run_grpo.sh", **{setting: value}, HF_DIR=tmp_path, SFT_DIR=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"CHECK=1 and HOST=local need the train.py of this repository, and {tmp_path}/train.py" in done.stderr
 
 
 @pytest.mark.parametrize("source", ["teacher", "hub"])

@@ -43,6 +43,11 @@ submits() { # whether `launch` will submit a job
    [ "$HOST" = slime ] && [ "${PRINT:-0}" != 1 ] && [ "${CHECK:-0}" != 1 ]
 }
 
+need_driver() { # slime's own train.py knows neither --host nor --check-only, ignores what it does not know, and trains
+   submits || [ "${PRINT:-0}" = 1 ] || [ -d "$ROOT/slime_local" ] ||
+      fail "CHECK=1 and HOST=local need the train.py of this repository, and $ROOT/train.py is another: run the script there"
+}
+
 need_ray() { # fails where `launch` would, before anything is written
    ! submits || command -v ray >/dev/null ||
       fail "HOST=slime: no ray on PATH: run it in slime's image, or HOST=local"

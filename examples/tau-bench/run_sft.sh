@@ -19,6 +19,7 @@ TRACES=${TRACES:-$DATA_DIR/${DOMAIN}_teacher_traces.jsonl}
 
 model_args
 whole_number NUM_ROLLOUT "${NUM_ROLLOUT:-1}" SAVE_INTERVAL "${SAVE_INTERVAL:-1}"
+need_driver
 need_ray
 need_model
 
