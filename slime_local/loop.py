@@ -199,6 +199,8 @@ def _one_rollout(run: Run, rollout_id: int) -> None:
         _save(run, rollout_id)
     if run.engine is not None:
         run.engine.update_weights()
+        if run.trainer is not None:
+            give_memory_back()
     if is_due(rollout_id, args.eval_interval, run.rollouts_per_epoch):
         _evaluate(run, rollout_id)
 
@@ -351,8 +353,9 @@ def _print_summary(run: Run, first: int) -> None:
 
 
 def give_memory_back() -> None:
-    """Return what was freed to the system. run_local.sh has glibc keep it, in pieces that the next rollout does not
-    fit into: a run of 18 grew to 7.3 GB. Not after each: the new pages are smaller, and training 5 % slower."""
+    """Return what was freed to the system. run_local.sh has glibc keep it, in pieces that what comes next does not fit
+    into: a run of GRPO had 6.3 GB after three rollouts, with this 4.7. SFT, which has no rollouts between, does it only
+    where it saves: the new pages are smaller, and training 5 % slower."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
         trim(0)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on one plain machine: no GPU, no API key, no model hub.
-#   bash examples/tau-bench/run_local.sh            17 minutes on 2 cores after the installation
+#   bash examples/tau-bench/run_local.sh            20 minutes on 2 cores after the installation
 #   QUICK=1 bash examples/tau-bench/run_local.sh    the same path with tiny counts, for a first look (not for its numbers)
 # tau2's telecom tasks -> teacher traces -> SFT -> GRPO with the shaped reward -> evaluation of the model as it was and of
 # both on the 40 test tasks, and of the last with ids drawn anew -> a table.
