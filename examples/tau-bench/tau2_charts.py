@@ -92,7 +92,13 @@ def rows(values: list[dict[str, Any]], title: str) -> str:
 
 def dots(values: list[dict[str, Any]], title: str, floor: float | None) -> str:
     """One point with its interval per run, 0 to 1; `floor` is a dashed line."""
-    y = {"field": "run", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 110, "labelPadding": 10, "ticks": False}}
+    y = {
+        "field": "run",
+        "type": "nominal",
+        "sort": None,
+        "title": None,
+        "axis": {"labelLimit": 110, "labelPadding": 10, "ticks": False},
+    }
     point = {"type": "point", "filled": True, "size": 90, "opacity": 1}
     shown = {"y": y, "color": _series(values), "description": {"field": "text"}}
     layers = [
