@@ -1,7 +1,7 @@
 """One SFT step, all parameters trained: slime_local's trainer beside TRL's SFTTrainer.
 
-    python benchmarks/sft_step.py            # SmolLM2-135M-Instruct, 8 dialogues of the scripted teacher a step, as
-                                             # run_sft.sh; --quick: 2
+    python benchmarks/sft_step.py            # SmolLM2-135M-Instruct, 4 dialogues of the scripted teacher a step
+    python benchmarks/sft_step.py --quick    # 2 dialogues
 
 Same model, dialogues, loss mask and fused AdamW, weights in fp32. TRL runs in whichever of fp32 and bf16 (autocast)
 this machine multiplies faster, and without gradient checkpointing, which is slower. Also says which share of that
@@ -21,7 +21,7 @@ PEER = ("trl", "accelerate", "datasets")
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--dialogues", type=int, help="dialogues a step (8; --quick: 2)")
+    made.add_argument("--dialogues", type=int, help="dialogues a step (4; --quick: 2; 8 are more than 23 GB for TRL)")
     made.add_argument("--repeats", type=int, help="measured steps of each side (3; --quick: 2)")
     args = made.parse_args()
     need("trl", "trl (requirements/bench.txt)")
