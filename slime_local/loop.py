@@ -195,12 +195,13 @@ def _one_rollout(run: Run, rollout_id: int) -> None:
     by_rollout = {name: value for name, value in metrics.items() if not name.startswith("train/")}
     run.tracker.log({**by_rollout, "rollout/step": step}, step)
     print(_line(run, rollout_id, metrics), flush=True)
-    if is_due(rollout_id, args.save_interval, run.rollouts_per_epoch, run.num_rollout):
+    saves = is_due(rollout_id, args.save_interval, run.rollouts_per_epoch, run.num_rollout)
+    if saves:
         _save(run, rollout_id)
     if run.engine is not None:
         run.engine.update_weights()
-        if run.trainer is not None:
-            give_memory_back()
+    if run.trainer is not None and (saves or run.engine is not None):
+        give_memory_back()
     if is_due(rollout_id, args.eval_interval, run.rollouts_per_epoch):
         _evaluate(run, rollout_id)
 
@@ -275,7 +276,6 @@ def _save(run: Run, rollout_id: int) -> None:
     if not has_state and hasattr(run.data_source, "save"):
         run.data_source.save(rollout_id)
     print(f"saved {', '.join([str(folder), *saved])}", flush=True)
-    give_memory_back()
 
 
 def _evaluate(run: Run, rollout_id: int) -> None:

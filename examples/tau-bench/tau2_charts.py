@@ -82,7 +82,7 @@ def bars(values: list[dict[str, Any]], title: str) -> str:
 
 def rows(values: list[dict[str, Any]], title: str) -> str:
     """The same without intervals, lying: for groups with long names."""
-    y = {"field": "group", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 130, "ticks": False}}
+    y = _names("group", labelLimit=130)
     offset = {"field": "series", "type": "ordinal"}
     encoding = {"x": _share("value", title), "color": _series(values), "description": {"field": "text"}}
     layer = {"mark": {"type": "bar", "cornerRadiusEnd": 2}, "encoding": {"y": y, "yOffset": offset, **encoding}}
@@ -92,13 +92,7 @@ def rows(values: list[dict[str, Any]], title: str) -> str:
 
 def dots(values: list[dict[str, Any]], title: str, floor: float | None) -> str:
     """One point with its interval per run, 0 to 1; `floor` is a dashed line."""
-    y = {
-        "field": "run",
-        "type": "nominal",
-        "sort": None,
-        "title": None,
-        "axis": {"labelLimit": 110, "labelPadding": 10, "ticks": False},
-    }
+    y = _names("run", labelLimit=110, labelPadding=10)  # beside a point at 0
     point = {"type": "point", "filled": True, "size": 90, "opacity": 1}
     shown = {"y": y, "color": _series(values), "description": {"field": "text"}}
     layers = [
@@ -172,6 +166,11 @@ def _drawable(part: Any) -> Any:
 def _share(field: str, title: str | None = None) -> dict[str, Any]:
     axis = {"tickCount": 5, "format": ".1f"}
     return {"field": field, "type": "quantitative", "scale": SHARE, "title": title, "axis": axis, "stack": None}
+
+
+def _names(field: str, **axis: int) -> dict[str, Any]:
+    """One line for each, in their order."""
+    return {"field": field, "type": "nominal", "sort": None, "title": None, "axis": {"ticks": False, **axis}}
 
 
 def _two_lines() -> dict[str, Any]:
